@@ -1,0 +1,104 @@
+# What the rules share: the validated configuration, the plan of the run, and functions of the plan.
+
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+from snakemake.settings.enums import RerunTrigger
+
+from workflow_scripts.config import resolve
+from workflow_scripts.errors import StillhouseError
+from workflow_scripts.recipes import Recipes
+from workflow_scripts.stages.common import write_resolved
+from workflow_scripts.stages.publish import publish
+from workflow_scripts.store.digests import digest
+
+try:
+    RUN = resolve(config)
+    PLAN = Recipes(RUN)
+    PLAN.check()
+    JOBS = PLAN.jobs()
+except StillhouseError as error:
+    print(f"stillhouse: {error}", file=sys.stderr)
+    sys.exit(1)
+
+RESULTS = RUN.results
+RESOLVED = RESULTS / "cache" / "configs" / f"{digest(RUN.canonical())[:16]}.json"
+
+# The digests in the manifests' paths say what is valid. Snakemake's other triggers compare records in .snakemake with
+# code and input lists, and would start jobs that find nothing to do.
+if workflow.dag_settings is not None:
+    workflow.dag_settings.rerun_triggers = frozenset({RerunTrigger.MTIME})
+
+# Jobs that use a GPU claim one, and locally one at a time may have it unless --resources gpu=N says otherwise.
+HAS_GPU = RUN.compute.device != "cpu" and (
+    workflow.non_local_exec or any(Path("/dev").glob("nvidia[0-9]*"))
+)
+if workflow.local_exec and HAS_GPU and "gpu" not in workflow.global_resources:
+    workflow.global_resources["gpu"] = 1
+
+
+wildcard_constraints:
+    shard=r"[A-Za-z0-9_-]+",
+    digest=r"[0-9a-f]{16}",
+
+
+def manifest(stage):
+    """Path pattern of a stage's manifests."""
+    return f"{RESULTS}/manifests/{stage}/{{shard}}.{{digest}}.json"
+
+
+def log_file(stage):
+    """Path pattern of a stage's logs."""
+    return f"{RESULTS}/logs/{stage}/{{shard}}.{{digest}}.log"
+
+
+def benchmark_file(stage):
+    """Path pattern of a stage's benchmarks."""
+    return f"{RESULTS}/benchmarks/{stage}/{{shard}}.{{digest}}.tsv"
+
+
+def get_all_manifests():
+    """Every manifest of the run."""
+    return [ancient(RESULTS / job.manifest) for job in JOBS]
+
+
+def get_needed(stage):
+    """Input function: the manifests of the jobs whose results a job of this stage reads."""
+
+    def needed(wildcards):
+        job = PLAN.job(stage, wildcards.shard)
+        return [ancient(RESULTS / PLAN.job(*other).manifest) for other in job.needs]
+
+    return needed
+
+
+def get_resolved(wildcards, input):
+    """The file that holds the complete configuration, for the stage's program."""
+    return RESOLVED
+
+
+def get_gpu(wildcards):
+    """One GPU, if there are any."""
+    return 1 if HAS_GPU else 0
+
+
+def get_minutes(base, per_item, stage):
+    """Resource function: minutes for a job's items, growing with each attempt."""
+
+    def minutes(wildcards, attempt):
+        return int((base + per_item * PLAN.job(stage, wildcards.shard).items) * attempt) + 1
+
+    return minutes
+
+
+def announce_report():
+    """Point results/<run>/report to the report of this configuration, and say where it is."""
+    page = publish(RUN, PLAN.job("report", "report"))
+    if page is not None:
+        print(f"\nReport: {page}\n", file=sys.stderr)
+
+
+if workflow.is_main_process:
+    write_resolved(RUN, RESOLVED)
+    announce_report()

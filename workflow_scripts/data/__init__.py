@@ -1,0 +1,1 @@
+"""Image sources, preprocessing, and the catalog of what images each class has."""

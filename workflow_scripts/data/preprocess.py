@@ -1,0 +1,114 @@
+"""From a decoded image to a square of pixels, and from there to the [-1, 1] tensors that backbones take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from workflow_scripts.data.sources import BadImage, ImageEntry, Source
+
+Crop = Literal["adm", "resize"]
+Resample = Literal["bilinear", "bicubic"]
+
+
+def square(image: Image.Image, resolution: int, crop: Crop, resample: Resample = "bicubic") -> np.ndarray:
+    """Scale the short side to ``resolution`` and cut out the centre.
+
+    ``adm`` first halves with a box filter while the short side is at least twice the resolution, as ADM and DiT do.
+
+    Returns:
+        uint8 array (resolution, resolution, 3).
+    """
+    if crop == "adm":
+        while min(image.size) >= 2 * resolution:
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling[resample.upper()])
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+    return np.asarray(image.crop((left, top, left + resolution, top + resolution)))
+
+
+def load_squares(
+    source: Source,
+    class_name: str,
+    entries: Sequence[ImageEntry],
+    *,
+    resolution: int,
+    crop: Crop,
+    workers: int,
+    batch: int,
+    resample: Resample = "bicubic",
+    on_bad: Callable[[BadImage], None] | None = None,
+) -> Iterator[tuple[list[ImageEntry], np.ndarray]]:
+    """Decode and crop images in threads, a batch at a time, in order.
+
+    Args:
+        on_bad: told of each image that cannot be decoded, which is then left out; without it such an image raises.
+
+    Yields:
+        the entries read, and their pixels as uint8 (n, resolution, resolution, 3), n <= batch.
+    """
+
+    def load(entry: ImageEntry) -> np.ndarray | BadImage:
+        try:
+            return square(source.load(entry, class_name), resolution, crop, resample)
+        except BadImage as bad:
+            return bad
+
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(entries), batch):
+            kept: list[ImageEntry] = []
+            pixels: list[np.ndarray] = []
+            chunk = entries[start : start + batch]
+            for entry, loaded in zip(chunk, pool.map(load, chunk), strict=True):
+                if not isinstance(loaded, BadImage):
+                    kept.append(entry)
+                    pixels.append(loaded)
+                elif on_bad is None:
+                    raise loaded
+                else:
+                    on_bad(loaded)
+            if kept:
+                yield kept, np.stack(pixels)
+
+
+def load_labelled(
+    source: Source,
+    entries: Mapping[str, Sequence[ImageEntry]],
+    *,
+    resolution: int,
+    crop: Crop,
+    workers: int,
+    resample: Resample = "bicubic",
+    skip_bad: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read all images of some classes into memory.
+
+    Args:
+        entries: the images of each class, in label order.
+        skip_bad: leave out images that cannot be decoded, instead of raising BadImage.
+
+    Returns:
+        pixels uint8 (n, resolution, resolution, 3) and labels int64 (n,).
+    """
+    images: list[np.ndarray] = []
+    labels: list[int] = []
+    for label, (name, listed) in enumerate(entries.items()):
+        for _, pixels in load_squares(
+            source,
+            name,
+            listed,
+            resolution=resolution,
+            crop=crop,
+            resample=resample,
+            workers=workers,
+            batch=256,
+            on_bad=(lambda bad: None) if skip_bad else None,
+        ):
+            images.append(pixels)
+            labels += [label] * len(pixels)
+    return np.concatenate(images), np.array(labels)

@@ -1,0 +1,154 @@
+"""Image sources: which classes and images there are, and how one image is read.
+
+A source lists :class:`ImageEntry` objects without opening any image; only :meth:`Source.load` decodes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from workflow_scripts.config import Dataset
+from workflow_scripts.errors import DataError
+
+Split = Literal["train", "test"]
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+
+
+class BadImage(DataError):
+    """An image that cannot be decoded."""
+
+    def __init__(self, path: str, class_name: str, reason: str):
+        super().__init__(
+            f"{path} (class {class_name}): {reason}. Replace or remove the image, or set dataset.on_bad_image: skip to leave "
+            "such images out (they are counted and listed in the report)."
+        )
+        self.path, self.reason = path, reason
+
+
+@dataclass(frozen=True)
+class ImageEntry:
+    """One image of a class: its key inside the class, and what identifies its content cheaply."""
+
+    key: str
+    size: int
+    mtime_ns: int
+    path: str
+
+
+class Source(Protocol):
+    """A labelled set of images."""
+
+    def classes(self) -> list[str]:
+        """Return all class names, sorted."""
+
+    def entries(self, class_name: str, split: Split) -> list[ImageEntry]:
+        """Return the images of a class, sorted by key."""
+
+    def load(self, entry: ImageEntry, class_name: str) -> Image.Image:
+        """Decode one image to RGB.
+
+        Raises:
+            BadImage: if it cannot be decoded whole.
+        """
+
+
+def open_source(dataset: Dataset) -> Source:
+    """Return the source that a dataset section describes."""
+    if dataset.source == "digits":
+        return Digits()
+    assert dataset.root is not None and dataset.test_root is not None  # the configuration saw to that
+    return ImageFolder(dataset.root, dataset.test_root)
+
+
+class ImageFolder:
+    """``root/class/*.{jpg,jpeg,png,webp}``, in any case, for training, and the same under ``test_root``."""
+
+    def __init__(self, root: Path, test_root: Path):
+        self._roots: dict[Split, Path] = {"train": root, "test": test_root}
+        for key, path in (("root", root), ("test_root", test_root)):
+            if not path.is_dir():
+                raise DataError(f"dataset.{key}: {path} is not a folder. Give the folder that holds one folder of images per class.")
+
+    def classes(self) -> list[str]:
+        """Return the names of the class folders, sorted."""
+        root = self._roots["train"]
+        with os.scandir(root) as found:
+            names = sorted(entry.name for entry in found if entry.is_dir() and not entry.name.startswith("."))
+        if not names:
+            raise DataError(f"{root}: holds no class folders. Expected {root}/CLASS/IMAGE.jpg.")
+        return names
+
+    def entries(self, class_name: str, split: Split) -> list[ImageEntry]:
+        """Return the images of a class folder, sorted by file name."""
+        folder = self._roots[split] / class_name
+        try:
+            with os.scandir(folder) as found:
+                files = [entry for entry in found if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]
+        except OSError as error:
+            raise DataError(f"class {class_name}: {folder} cannot be listed ({error.strerror}). Each class needs this folder.") from None
+        entries = []
+        for file in sorted(files, key=lambda file: file.name):
+            stat = file.stat()
+            entries.append(ImageEntry(file.name, stat.st_size, stat.st_mtime_ns, file.path))
+        return entries
+
+    def load(self, entry: ImageEntry, class_name: str) -> Image.Image:
+        """Decode one file to RGB, upright according to its EXIF orientation."""
+        try:
+            with Image.open(entry.path) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = "zero bytes" if entry.size == 0 else f"cannot be decoded ({error})"
+            raise BadImage(entry.path, class_name, reason) from None
+
+
+class Digits:
+    """The 1797 handwritten digits that ship with scikit-learn: 8x8 pixels, 10 classes, split 70/30 within each class.
+
+    An image's place in the split follows from a hash of its class and index, so it is the same everywhere and for ever.
+    """
+
+    test_share = 0.3
+
+    @cached_property
+    def _images(self) -> np.ndarray:
+        return (np.minimum(self._table[:, :-1].reshape(-1, 8, 8), 15.9375) * 16).astype(np.uint8)
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        # The file is read directly because importing scikit-learn would cost the planner a second.
+        with gzip.open(self._path, "rt") as file:
+            return np.loadtxt(file, delimiter=",", dtype=np.float32)
+
+    @cached_property
+    def _path(self) -> Path:
+        spec = importlib.util.find_spec("sklearn")
+        if spec is None or spec.origin is None:
+            raise DataError("dataset.source: digits needs scikit-learn, which is not installed.")
+        return Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+
+    def classes(self) -> list[str]:
+        """Return "0" to "9"."""
+        return [str(digit) for digit in range(10)]
+
+    def entries(self, class_name: str, split: Split) -> list[ImageEntry]:
+        """Return the images of a digit; keys are indices into the bundled table."""
+        indices = np.flatnonzero(self._table[:, -1] == int(class_name))
+        shuffled = sorted(indices, key=lambda index: hashlib.sha256(f"digits/{class_name}/{index}".encode()).digest())
+        held_out = round(self.test_share * len(shuffled))
+        chosen = shuffled[:held_out] if split == "test" else shuffled[held_out:]
+        return [ImageEntry(f"{index:04d}", 64, 0, f"{self._path.name}[{index}]") for index in sorted(chosen)]
+
+    def load(self, entry: ImageEntry, class_name: str) -> Image.Image:
+        """Return one 8x8 digit as RGB."""
+        return Image.fromarray(self._images[int(entry.key)]).convert("RGB")

@@ -1,0 +1,1 @@
+"""Noise schedules, backbones, the sampler, DDIM inversion, and fitting a backbone."""

@@ -1,0 +1,259 @@
+"""Fitting a small backbone: a KL autoencoder, then a class-conditional DiT with learned variance on its latents.
+
+The DiT trains on the hybrid objective of Improved DDPM (section 3.1): the squared error of epsilon, plus the variational
+bound as a gradient for the variance channels alone. The averaged weights are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+from workflow_scripts.config import Fit, FitDiT, FitVAE
+from workflow_scripts.diffusion.backbone import to_unit
+from workflow_scripts.diffusion.checkpoint import LABELS
+from workflow_scripts.diffusion.schedule import Grid
+from workflow_scripts.store.files import write_atomically
+
+TIMESTEPS = 1000
+
+
+def fit_backbone(pixels: np.ndarray, labels: np.ndarray, classes: list[str], fit: Fit, device: torch.device, work: Path, into: Path) -> None:
+    """Train a backbone and save it in diffusers format.
+
+    Args:
+        pixels: uint8 (n, H, W, 3).
+        labels: int64 (n,), indices into ``classes``.
+        work: directory of checkpoints; a fit that finds one there goes on from it.
+        into: directory that receives transformer/, vae/, scheduler/ and labels.json, with weights in fp16.
+    """
+    vae = fit_vae(pixels, fit, device, work / "vae.safetensors")
+    mean, logvar = _encode(vae, pixels, device)
+    scale = 1 / float((mean + torch.exp(logvar / 2) * torch.randn(mean.shape, generator=_generator(fit.seed, -1))).std())
+    vae.register_to_config(scaling_factor=scale)
+    schedule = DDIMScheduler(num_train_timesteps=TIMESTEPS, beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False)
+    transformer = fit_dit(mean * scale, logvar + 2 * math.log(scale), torch.from_numpy(labels), len(classes), schedule, fit, device, work / "transformer.safetensors")
+    into.mkdir(parents=True, exist_ok=True)
+    transformer.half().save_pretrained(into / "transformer", safe_serialization=True)
+    vae.half().save_pretrained(into / "vae", safe_serialization=True)
+    schedule.save_pretrained(into / "scheduler")
+    write_atomically(into / LABELS, json.dumps(classes))
+
+
+def build_vae(config: FitVAE, resolution: int) -> AutoencoderKL:
+    """Return an untrained KL autoencoder whose latents are smaller by 2^(levels - 1)."""
+    levels = len(config.channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=config.channels,
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        norm_num_groups=math.gcd(*config.channels, 32) // 2 or 1,
+        sample_size=resolution,
+    )
+
+
+def build_dit(config: FitDiT, latent_shape: tuple[int, int, int], classes: int) -> DiTTransformer2DModel:
+    """Return an untrained DiT with adaLN-zero initialisation (DiT, section 3.2)."""
+    channels, side, _ = latent_shape
+    model = DiTTransformer2DModel(
+        num_attention_heads=config.heads,
+        attention_head_dim=config.head_dim,
+        in_channels=channels,
+        out_channels=2 * channels,
+        num_layers=config.layers,
+        sample_size=side,
+        patch_size=config.patch_size,
+        num_embeds_ada_norm=classes,
+        norm_type="ada_norm_zero",
+        norm_elementwise_affine=False,
+        activation_fn="gelu-approximate",
+        attention_bias=True,
+    )
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+    for block in model.transformer_blocks:
+        nn.init.zeros_(block.norm1.linear.weight)
+    for last in (model.proj_out_1, model.proj_out_2):
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+    return model
+
+
+def fit_vae(pixels: np.ndarray, fit: Fit, device: torch.device, checkpoint: Path) -> AutoencoderKL:
+    """Train the autoencoder on the mean absolute and squared errors of its reconstruction and a light KL term."""
+    config = fit.vae
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fit.seed)
+        model = build_vae(config, pixels.shape[1]).to(device)
+
+    def loss(generator: torch.Generator) -> torch.Tensor:
+        index = torch.randint(len(pixels), (config.batch_size,), generator=generator)
+        images = to_unit(pixels[index.numpy()], device)
+        posterior = model.encode(images).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+        error = model.decode(posterior.mean + posterior.std * noise).sample - images
+        return error.abs().mean() + error.square().mean() + config.kl_weight * posterior.kl().mean()
+
+    _train(model, loss, fit, config.steps, config.learning_rate, 100, 0.0, 0.995, checkpoint, "autoencoder")
+    return model.eval()
+
+
+def fit_dit(
+    mean: torch.Tensor,
+    logvar: torch.Tensor,
+    labels: torch.Tensor,
+    classes: int,
+    schedule: DDIMScheduler,
+    fit: Fit,
+    device: torch.device,
+    checkpoint: Path,
+) -> DiTTransformer2DModel:
+    """Train the denoiser on latents drawn from the posteriors ``N(mean, exp(logvar))``, scaled, (n, c, h, w)."""
+    config = fit.dit
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fit.seed + 1)
+        model = build_dit(config, tuple(mean.shape[1:]), classes).to(device)
+    # The model stays in eval mode: its own label dropout would draw from the global generator.
+    model.eval()
+    process = Process(schedule.alphas_cumprod.double().numpy(), device)
+
+    def loss(generator: torch.Generator) -> torch.Tensor:
+        index = torch.randint(len(mean), (config.batch_size,), generator=generator)
+        x0 = mean[index] + torch.exp(logvar[index] / 2) * torch.randn(mean[index].shape, generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        time = torch.randint(TIMESTEPS, (config.batch_size,), generator=generator)
+        dropped = torch.rand(config.batch_size, generator=generator) < config.label_dropout
+        label = torch.where(dropped, classes, labels[index])
+        return process.hybrid_loss(model, x0.to(device), noise.to(device), time.to(device), label.to(device))
+
+    _train(model, loss, fit, config.steps, config.learning_rate, config.warmup, config.weight_decay, config.ema, checkpoint, "denoiser")
+    return model
+
+
+class Process:
+    """The constants of the training schedule as float32 tensors, and the loss on them."""
+
+    def __init__(self, abar: np.ndarray, device: torch.device):
+        grid = Grid(np.arange(len(abar)), abar)
+
+        def constant(values: np.ndarray) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None, None]
+
+        self.signal, self.sigma = constant(np.sqrt(abar)), constant(np.sqrt(1 - abar))
+        self.c0, self.ct = constant(grid.posterior_x0), constant(grid.posterior_xt)
+        self.log_beta, self.log_posterior = constant(np.log(grid.betas)), constant(grid.posterior_log_variance)
+
+    def hybrid_loss(self, model: nn.Module, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """Return L_simple + L_vlb, where L_vlb (per thousand steps) reaches the variance channels only (Improved DDPM, eq. 15-16)."""
+        signal, sigma = self.signal[time], self.sigma[time]
+        x = signal * x0 + sigma * noise
+        eps, raw = model(x, time, label).sample.chunk(2, dim=1)
+        x0_hat = (x - sigma * eps.detach()) / signal
+        true_mean, mean = (self.c0[time] * start + self.ct[time] * x for start in (x0, x0_hat))
+        share = (raw + 1) / 2
+        log_variance = share * self.log_beta[time] + (1 - share) * self.log_posterior[time]
+        gap = (true_mean - mean).square()
+        kl = 0.5 * (log_variance - self.log_posterior[time] - 1 + (torch.exp(self.log_posterior[time]) + gap) * torch.exp(-log_variance))
+        return F.mse_loss(eps, noise) + kl.mean() / math.log(2) * len(self.signal) / 1000
+
+
+def _train(
+    model: nn.Module,
+    loss: Callable[[torch.Generator], torch.Tensor],
+    fit: Fit,
+    steps: int,
+    rate: float,
+    warmup: int,
+    weight_decay: float,
+    ema: float,
+    checkpoint: Path,
+    name: str,
+) -> None:
+    """Minimise ``loss``, resuming from ``checkpoint`` if it is there, and leave the averaged weights in the model.
+
+    Step k draws from a generator seeded with (seed, k), so a resumed fit goes on exactly where it was.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
+    average = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    start = _resume(checkpoint, model, optimizer, average)
+    progress = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=1, maxinterval=60)
+    shown = 0.0
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min((step + 1) / (warmup or 1), 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01)
+        value = loss(_generator(fit.seed, step))
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        decay = min(ema, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(average.values()), list(model.state_dict().values()), 1 - decay)
+        if step % 50 == 0:
+            shown = float(value.detach())
+            if not math.isfinite(shown):
+                raise RuntimeError(f"the {name}'s loss is {shown} at step {step}: lower its learning_rate")
+            progress.set_postfix(loss=f"{shown:.4f}", refresh=False)
+        if (step + 1) % fit.checkpoint_every == 0 or step + 1 == steps:
+            _save(checkpoint, step + 1, model, optimizer, average)
+    model.load_state_dict(average)
+
+
+def _save(path: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, torch.Tensor]) -> None:
+    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
+    tensors |= {f"average.{key}": value for key, value in average.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata={"step": str(step)})
+    temporary.replace(path)
+
+
+def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, torch.Tensor]) -> int:
+    if not path.exists():
+        return 0
+    state: dict[int, dict[str, Any]] = {}
+    with safe_open(path, "pt") as file:
+        step = int(file.metadata()["step"])
+        model.load_state_dict({key: file.get_tensor(f"model.{key}") for key in average})
+        for key, value in average.items():
+            value.copy_(file.get_tensor(f"average.{key}"))
+        for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
+                state.setdefault(int(index), {})[name] = file.get_tensor(key)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return step
+
+
+@torch.inference_mode()
+def _encode(vae: AutoencoderKL, pixels: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for start in range(0, len(pixels), 256):
+            posterior = vae.encode(to_unit(pixels[start : start + 256], device)).latent_dist
+            yield posterior.mean.cpu(), posterior.logvar.cpu()
+
+    mean, logvar = zip(*batches(), strict=True)
+    return torch.cat(mean), torch.cat(logvar)
+
+
+def _generator(seed: int, step: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed << 24) + step + 1)

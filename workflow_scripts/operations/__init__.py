@@ -1,0 +1,1 @@
+"""What an operator does with a run: plan, status, verify, gc."""

@@ -1,0 +1,396 @@
+"""From configuration and catalog to what must exist: the digest of every result, and the manifests that gather them.
+
+Everything here is a pure function of the configuration, the images and the backbone's identity. It imports no torch, so
+that the Snakefile, ``stillhouse plan`` and every worker can ask in well under a second. A class is invalid exactly when
+the result that its recipe names does not exist.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts.config import (
+    Architecture,
+    CoresetMethod,
+    DiffusionMethod,
+    GaussianStart,
+    KMeansPrototypes,
+    RunConfig,
+)
+from workflow_scripts.data.catalog import Catalog
+from workflow_scripts.diffusion.checkpoint import Checkpoint, open_checkpoint
+from workflow_scripts.errors import DataError
+from workflow_scripts.evaluation.protocols import Recipe, hard_label_settings, published_epochs
+from workflow_scripts.store.digests import PREFIX, digest
+from workflow_scripts.store.results import Result, Store
+
+# Raised when the meaning of a stage's results changes; envs/recipes.lock.json keeps the code that each number stands for.
+RECIPES = {"fit_backbone": 1, "encode": 1, "cluster": 1, "invert": 1, "sample": 1, "export": 1, "evaluate": 1, "report": 1}
+PROTOCOLS = {"hard-sgd": partial(hard_label_settings, "sgd"), "hard-adamw": partial(hard_label_settings, "adamw")}
+CLASS_STAGES = ("encode", "cluster", "invert", "sample")
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """The synthetic images of all classes for one method, IPC and seed."""
+
+    method: str
+    ipc: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """One classifier to be trained on one exported set."""
+
+    set: SampleSet
+    architecture: Architecture
+    repeat: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a stage: its name, and what it has to make.
+
+    Attributes:
+        stage: name of the rule and of the program.
+        shard: what distinguishes it from the stage's other jobs, as it appears in the manifest's name.
+        digest: of everything it makes.
+        items: how many results, sets or trainings that is.
+        needs: stage and shard of the jobs whose results it reads.
+    """
+
+    stage: str
+    shard: str
+    digest: str
+    items: int
+    needs: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def manifest(self) -> str:
+        """Path of the manifest below the results directory."""
+        return f"manifests/{self.stage}/{self.shard}.{self.digest[:PREFIX]}.json"
+
+
+class Recipes:
+    """The results and jobs of one run.
+
+    Attributes:
+        config: the run's configuration.
+        catalog: its images.
+        store: where results are.
+    """
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        self.store = Store(config.results / "store")
+        self.catalog = Catalog(config.dataset, config.results / "cache")
+        self._results: dict[tuple[Any, ...], Result] = {}
+        self._jobs: dict[tuple[str, str], Job] = {}
+
+    @property
+    def classes(self) -> list[str]:
+        """The run's classes in label order."""
+        return self.catalog.classes
+
+    # ---------------------------------------------------------------- the backbone
+
+    @cached_property
+    def backbone(self) -> Checkpoint:
+        """The backbone: on disk, or one that fit_backbone will make."""
+        cache = self.config.results / "cache"
+        if self.config.backbone.path is not None:
+            return open_checkpoint(Path(self.config.backbone.path), cache)
+        identity = self.fit_digest
+        path = self.config.results / "store" / "backbones" / identity[:PREFIX]
+        return Checkpoint(path, digest([identity, "vae"]), digest([identity, "transformer"]), {c: i for i, c in enumerate(self.classes)})
+
+    @cached_property
+    def fit_digest(self) -> str:
+        """Digest of the backbone that this run fits, over the training images of all its classes."""
+        assert self.config.backbone.fit is not None
+        return digest(
+            {
+                "stage": "fit_backbone",
+                "recipe": RECIPES["fit_backbone"],
+                "images": [[name, self.catalog.fingerprint(name, "train")] for name in self.classes],
+                "preprocessing": self._preprocessing,
+                "fit": self.config.backbone.fit.model_dump(mode="json", exclude={"checkpoint_every"}),
+            }
+        )
+
+    # ---------------------------------------------------------------- class-level results
+
+    def latents(self, class_name: str) -> Result:
+        """The VAE posterior of a class's real images: ``mean`` and ``logvar`` (n, c, h, w) fp16, unscaled."""
+        return self._result(
+            "encode",
+            class_name,
+            images=self.catalog.fingerprint(class_name, "train"),
+            preprocessing=self._preprocessing,
+            flip=self.config.encode.flip,
+            vae=self.backbone.vae,
+            dtype=self.config.compute.dtype,
+        )
+
+    def modes(self, class_name: str, method: str, ipc: int) -> Result | None:
+        """The clustering that a method's prototypes come from: the class's tree, or its k-means for this IPC."""
+        prototypes = getattr(self.config.methods[method], "prototypes", None)
+        if prototypes is None:
+            return None
+        latents = self.latents(class_name).digest
+        if isinstance(prototypes, KMeansPrototypes):
+            return self._result("cluster", class_name, latents=latents, kmeans=prototypes.model_dump(mode="json"), k=ipc)
+        return self._result("cluster", class_name, latents=latents, tree=self.config.cluster.model_dump(mode="json"))
+
+    def gaussian(self, class_name: str, method: str) -> Result | None:
+        """The class Gaussian in the inverted domain: ``mean`` and ``variance`` (c, h, w) at the start timestep."""
+        chosen = self.config.methods[method]
+        if not (isinstance(chosen, DiffusionMethod) and isinstance(chosen.start, GaussianStart)):
+            return None
+        return self._result(
+            "invert",
+            class_name,
+            latents=self.latents(class_name).digest,
+            label=self.backbone.label_of(class_name),
+            denoiser=self.backbone.denoiser,
+            vae=self.backbone.vae,
+            steps=chosen.sampler.steps,
+            spacing=chosen.sampler.spacing,
+            cfg_scale=self.inversion_cfg(chosen),
+            cfg_channels=chosen.sampler.cfg_channels,
+            inversion=chosen.start.inversion.model_dump(mode="json", exclude={"cfg_scale"}),
+            timestep=chosen.start.timestep,
+            dtype=self.config.compute.dtype,
+        )
+
+    @staticmethod
+    def inversion_cfg(method: DiffusionMethod) -> float:
+        """Return the guidance scale of a method's inversion."""
+        assert isinstance(method.start, GaussianStart)
+        own = method.start.inversion.cfg_scale
+        return method.sampler.cfg_scale if own is None else own
+
+    def samples(self, class_name: str, wanted: SampleSet) -> Result:
+        """The synthetic images of a class: ``images`` (ipc, H, W, 3) uint8 and ``latents`` (ipc, c, h, w) fp16."""
+        method = self.config.methods[wanted.method]
+        deterministic = isinstance(method, CoresetMethod) and method.select == "herding"
+        inputs = {
+            "method": method.model_dump(mode="json", exclude={"summary"}),
+            "ipc": wanted.ipc,
+            "seed": 0 if deterministic else wanted.seed,
+            "vae": self.backbone.vae,
+            "dtype": self.config.compute.dtype,
+        }
+        if isinstance(method, CoresetMethod):
+            inputs |= {"latents": self.latents(class_name).digest}
+        else:
+            inputs |= {"label": self.backbone.label_of(class_name), "denoiser": self.backbone.denoiser}
+            modes, gaussian = self.modes(class_name, wanted.method, wanted.ipc), self.gaussian(class_name, wanted.method)
+            inputs |= {"modes": modes.digest} if modes else {}
+            inputs |= {"gaussian": gaussian.digest} if gaussian else {}
+        return self._result("sample", class_name, **inputs)
+
+    def _result(self, stage: str, class_name: str, **parts: Any) -> Result:
+        recipe = {"stage": stage, "recipe": RECIPES[stage], "class": class_name, **parts}
+        key = (stage, class_name, digest(parts))
+        return self._results.setdefault(key, Result(stage, class_name, recipe))
+
+    @property
+    def _preprocessing(self) -> dict[str, Any]:
+        return {key: getattr(self.config.dataset, key) for key in ("resolution", "crop", "on_bad_image")}
+
+    # ---------------------------------------------------------------- sets and trainings
+
+    def sets(self, method: str) -> list[SampleSet]:
+        """Return the sets that a method has to provide."""
+        return [SampleSet(method, ipc, seed) for ipc in self.config.ipc for seed in self.config.seeds]
+
+    def set_digest(self, wanted: SampleSet) -> str:
+        """Return the digest of a set: its classes in label order, and what each is made of."""
+        return digest(
+            {
+                "stage": "export",
+                "recipe": RECIPES["export"],
+                "classes": [[name, self.samples(name, wanted).digest] for name in self.classes],
+            }
+        )
+
+    def set_directory(self, wanted: SampleSet) -> Path:
+        """Return the folder of a set's exported images."""
+        name = f"{wanted.method}-ipc{wanted.ipc}-seed{wanted.seed}.{self.set_digest(wanted)[:PREFIX]}"
+        return self.config.results / "datasets" / name
+
+    def epochs(self, ipc: int) -> int:
+        """Return the training epochs at an IPC: configured, or the published rule."""
+        configured = self.config.evaluation.epochs
+        if configured is None:
+            return published_epochs(ipc, len(self.classes))
+        return configured if isinstance(configured, int) else configured[ipc]
+
+    def trainings(self, method: str, ipc: int) -> list[Training]:
+        """Return the trainings of one cell of the leaderboard, cheapest architectures first as configured."""
+        return [
+            Training(SampleSet(method, ipc, seed), architecture, repeat)
+            for architecture in self.config.evaluation.architectures
+            for seed in self.config.seeds
+            for repeat in range(self.config.evaluation.repeats)
+        ]
+
+    def student(self, training: Training) -> Recipe:
+        """Return the training's recipe: the protocol's published values, overlaid by what is configured."""
+        settings = self.config.evaluation
+        own = {key: getattr(settings, key) for key in ("batch_size", "learning_rate", "weight_decay")}
+        return Recipe(
+            architecture=training.architecture.name,
+            width=training.architecture.width,
+            resolution=settings.resolution,
+            classes=len(self.classes),
+            epochs=self.epochs(training.set.ipc),
+            evaluations=settings.evaluations,
+            crop_scale=settings.crop_scale,
+            flip=settings.flip,
+            jitter=(settings.jitter,) * 3,
+            lighting=settings.lighting,
+            cutmix_probability=settings.cutmix,
+            seed=1000 * training.set.seed + training.repeat,
+            **{**PROTOCOLS[settings.protocol](len(self.classes)), **{k: v for k, v in own.items() if v is not None}},
+        )
+
+    def training_recipe(self, training: Training) -> dict[str, Any]:
+        """Return everything that determines a training."""
+        return {
+            "stage": "evaluate",
+            "recipe": RECIPES["evaluate"],
+            "set": self.set_digest(training.set),
+            "test": self._test_fingerprint,
+            "test_crop": [self.config.evaluation.resample, self.config.dataset.on_bad_image],
+            "student": asdict(self.student(training)),
+        }
+
+    def training_path(self, training: Training) -> Path:
+        """Return the file that holds a training's score."""
+        return self.store.root / "evaluate" / f"{digest(self.training_recipe(training))[:PREFIX]}.json"
+
+    @cached_property
+    def _test_fingerprint(self) -> str:
+        return digest([[name, self.catalog.fingerprint(name, "test")] for name in self.classes])
+
+    # ---------------------------------------------------------------- jobs
+
+    @property
+    def shards(self) -> list[str]:
+        """Names of the shards that have classes."""
+        return [f"{index:03d}" for index in range(min(self.config.shards, len(self.classes)))]
+
+    def shard_classes(self, shard: str) -> list[str]:
+        """Return the classes of a shard, fixed by their place in the sorted class list, whatever work remains."""
+        return sorted(self.classes)[int(shard) :: self.config.shards]
+
+    def stage_results(self, stage: str, shard: str) -> list[Result]:
+        """Return what a job of a class-level stage makes; the shards of ``sample`` are called METHOD-NNN."""
+        method, _, number = shard.rpartition("-")
+        results: list[Result | None] = []
+        for name in self.shard_classes(number):
+            if stage == "encode":
+                results.append(self.latents(name))
+            elif stage == "cluster":
+                results += [self.modes(name, m, ipc) for m in self.config.compare for ipc in self.config.ipc]
+            elif stage == "invert":
+                results += [self.gaussian(name, m) for m in self.config.compare]
+            else:
+                results += [self.samples(name, wanted) for wanted in self.sets(method)]
+        return list({result.digest: result for result in results if result is not None}.values())
+
+    def trainings_of(self, shard: str) -> list[Training]:
+        """Return the trainings of an evaluate job, whose shards are called METHOD-ipcN-NNN."""
+        cell, _, chunk = shard.rpartition("-")
+        method, _, ipc = cell.rpartition("-ipc")
+        size = self.config.evaluation.trainings_per_job
+        return self.trainings(method, int(ipc))[int(chunk) * size :][:size]
+
+    def jobs(self) -> list[Job]:
+        """Return every job of the run, each after the jobs that it needs."""
+        ordered: dict[tuple[str, str], Job] = {}
+
+        def visit(key: tuple[str, str]) -> None:
+            if key not in ordered:
+                job = self.job(*key)
+                for needed in job.needs:
+                    visit(needed)
+                ordered[key] = job
+
+        visit(("report", "report"))
+        return list(ordered.values())
+
+    def job(self, stage: str, shard: str) -> Job:
+        """Return one job.
+
+        Its digest covers what it makes, not which jobs come before: those are ordered by ``needs``, and a change in them
+        that matters here has changed the digests of what is made here.
+        """
+        key = (stage, shard)
+        if key not in self._jobs:
+            content, items, needs = self._describe(stage, shard)
+            name = digest({"stage": stage, "shard": shard, "content": content})
+            self._jobs[key] = Job(stage, shard, name, items, tuple(needs))
+        return self._jobs[key]
+
+    def _describe(self, stage: str, shard: str) -> tuple[Any, int, list[tuple[str, str]]]:
+        """Return what a job makes, how many class-level results or trainings that is, and which jobs it needs."""
+        if stage in CLASS_STAGES:
+            results = self.stage_results(stage, shard)
+            return [result.digest for result in results], len(results), self._needs(stage, shard)
+        if stage == "fit_backbone":
+            return self.fit_digest, 1, []
+        if stage == "export":
+            sets = self.sets(shard)
+            return [self.set_directory(wanted).name for wanted in sets], len(sets), [("sample", f"{shard}-{n}") for n in self.shards]
+        if stage == "evaluate":
+            trainings = self.trainings_of(shard)
+            return [self.training_recipe(training) for training in trainings], len(trainings), [("export", trainings[0].set.method)]
+        cells = [(method, ipc) for method in self.config.compare for ipc in self.config.ipc]
+        recipes = [digest(self.training_recipe(training)) for cell in cells for training in self.trainings(*cell)]
+        content = {"recipe": RECIPES["report"], "config": self.config.model_dump(mode="json"), "trainings": recipes}
+        return content, len(recipes), [("evaluate", shard) for cell in cells for shard in self._evaluate_shards(*cell)]
+
+    def _needs(self, stage: str, shard: str) -> list[tuple[str, str]]:
+        fit = [("fit_backbone", "backbone")] if self.config.backbone.fit is not None else []
+        if stage == "encode":
+            return fit
+        if stage != "sample":
+            return [("encode", shard)]
+        name, _, number = shard.rpartition("-")
+        method = self.config.methods[name]
+        if isinstance(method, CoresetMethod):
+            return [("encode", number)]
+        needs = [("cluster", number)] if method.prototypes is not None else []
+        needs += [("invert", number)] if isinstance(method.start, GaussianStart) else []
+        return needs or fit
+
+    def _evaluate_shards(self, method: str, ipc: int) -> list[str]:
+        size = self.config.evaluation.trainings_per_job
+        return [f"{method}-ipc{ipc}-{chunk:03d}" for chunk in range(-(-len(self.trainings(method, ipc)) // size))]
+
+    # ---------------------------------------------------------------- checks
+
+    def check(self) -> None:
+        """Refuse what would fail late: a backbone that does not know a class, an IPC that a class is too small for.
+
+        Raises:
+            DataError, BackboneError: naming the class and the remedy.
+        """
+        for name in self.classes:
+            self.backbone.label_of(name)
+            self.catalog.entries(name, "test")
+        choosy = [n for n, m in self.config.compared().items() if isinstance(m, CoresetMethod) or m.prototypes is not None]
+        most = max(self.config.ipc)
+        for name in self.classes if choosy else []:
+            if (count := len(self.catalog.entries(name, "train"))) < most:
+                raise DataError(
+                    f"class {name}: has {count} training images, fewer than the {most} that {choosy[0]} needs at IPC {most}. "
+                    "Add images, leave the class out with dataset.classes, or lower ipc."
+                )

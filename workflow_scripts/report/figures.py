@@ -1,0 +1,243 @@
+"""Figures as inline SVG, and images as data URIs.
+
+Figures take their ink from the page: axes and text are drawn in ``currentColor`` and set in the page's own typeface, so
+they follow its light and dark colour schemes.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.markers import MarkerStyle
+from matplotlib.path import Path
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from PIL import Image
+
+from workflow_scripts.evaluation.statistics import Summary
+from workflow_scripts.report.data import Images, LatentMap, Points
+
+# Okabe and Ito's colours without black and yellow, which vanish on a dark or a light page, and two that fit them.
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a6fd1", "#8c6d31")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<")
+
+_INK = "#010203"  # stands for currentColor until the SVG is written
+_REAL = "#8d9196"
+_STYLE = {
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.labelsize": 9,
+    "axes.linewidth": 0.6,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "xtick.labelsize": 8.5,
+    "xtick.major.width": 0.6,
+    "ytick.color": _INK,
+    "ytick.labelsize": 8.5,
+    "ytick.major.width": 0.6,
+}
+
+
+@dataclass(frozen=True)
+class MethodStyle:
+    """How a method is drawn wherever it appears."""
+
+    color: str
+    marker: str
+
+
+def method_styles(names: Sequence[str]) -> dict[str, MethodStyle]:
+    """Give each method a colour and a marker, in order of appearance. 72 methods pass before a pair comes again."""
+    return {
+        name: MethodStyle(COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)])
+        for place, name in enumerate(names)
+    }
+
+
+def marker_svg(style: MethodStyle) -> str:
+    """A method's marker as a small inline SVG, for legends."""
+    marker = MarkerStyle(style.marker)
+    path = marker.get_path().transformed(marker.get_transform())
+    letters = {Path.MOVETO: "M", Path.LINETO: "L", Path.CURVE3: "Q", Path.CURVE4: "C", Path.CLOSEPOLY: "Z"}
+    outline = ""
+    for points, code in path.iter_segments(simplify=False):
+        corners = "" if code == Path.CLOSEPOLY else " ".join(f"{value:.3g}" for value in points)
+        outline += letters[code] + corners
+    return (
+        f'<svg class="marker" viewBox="-0.65 -0.65 1.3 1.3" aria-hidden="true">'
+        f'<path d="{outline}" transform="scale(1 -1)" fill="{style.color}"/></svg>'
+    )
+
+
+def accuracy_figure(
+    series: Mapping[str, Sequence[tuple[int, Summary]]],
+    styles: Mapping[str, MethodStyle],
+    limits: tuple[float, float],
+    metric: str,
+    name: str,
+) -> str:
+    """Accuracy against IPC on a logarithmic axis, with 95 % intervals; one architecture, one line per method.
+
+    ``name`` must be unique on the page: identifiers inside the SVG are derived from it.
+    """
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(4.6, 3.3), layout="constrained")
+        axes = figure.add_subplot()
+        ipcs = sorted({ipc for points in series.values() for ipc, _ in points})
+        step = (max(ipcs) / min(ipcs)) ** (0.012 if len(ipcs) > 1 else 0)
+        for place, (method, points) in enumerate(series.items()):
+            shift = step ** (place - (len(series) - 1) / 2)  # neighbouring error bars stay apart
+            axes.errorbar(
+                [ipc * shift for ipc, _ in points],
+                [summary.mean for _, summary in points],
+                yerr=[summary.ci95 or 0.0 for _, summary in points],
+                color=styles[method].color,
+                marker=styles[method].marker,
+                markersize=5,
+                linewidth=1.2,
+                elinewidth=0.9,
+                capsize=0,
+            )
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(ipcs))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(ipcs, [str(ipc) for ipc in ipcs])
+        axes.set_xlabel("Images per class")
+        _accuracy_axis(axes, limits, metric)
+        return _svg(figure, f"{metric} accuracy against images per class, one line per method")
+
+
+def curves_figure(
+    curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]],
+    styles: Mapping[str, MethodStyle],
+    limits: tuple[float, float],
+    name: str,
+) -> str:
+    """Test accuracy during training: the mean over each method's trainings, and the range between them."""
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(4.6, 3.3), layout="constrained")
+        axes = figure.add_subplot()
+        for place, (method, trainings) in enumerate(curves.items()):
+            epochs = np.array(sorted({epoch for training in trainings for epoch, _ in training}), dtype=float)
+            values = np.stack([np.interp(epochs, *np.array(training, dtype=float).T) for training in trainings])
+            every = max(len(epochs) // 5, 1)
+            style = styles[method]
+            axes.fill_between(epochs, values.min(0), values.max(0), color=style.color, alpha=0.14, linewidth=0)
+            axes.plot(
+                epochs,
+                values.mean(0),
+                color=style.color,
+                marker=style.marker,
+                markersize=4,
+                linewidth=1.1,
+                markevery=(every * place // max(len(curves), 1), every),
+            )
+        axes.set_xlabel("Epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        _accuracy_axis(axes, limits, "Top-1")
+        return _svg(figure, "Test accuracy against training epoch, one line per method")
+
+
+def map_figure(latent_map: LatentMap, styles: Mapping[str, MethodStyle], name: str) -> str:
+    """One class's latent space: real latents grey, prototypes crosses, synthetic latents in their method's colour.
+
+    The marks of each method lie in a group of class ``series-<place>``, with the method's place in ``styles``.
+    """
+    places = {method: place for place, method in enumerate(styles)}
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(2.8, 2.8), dpi=200)
+        axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
+        real = np.asarray(latent_map.real).reshape(-1, 2)
+        axes.plot(*real.T, "o", color=_REAL, alpha=0.55, markersize=3, markeredgewidth=0, rasterized=True)
+        for method, points in latent_map.synthetic.items():
+            style = styles[method]
+            marks = dict(marker=style.marker, color=style.color, markersize=5, markeredgecolor="white")
+            _marks(axes, points, f"series-{places[method]}", markeredgewidth=0.5, **marks)
+        for prototype, points in latent_map.prototypes.items():
+            known = prototype in styles
+            color = styles[prototype].color if known else _INK
+            series = f"series-{places[prototype]}" if known else "prototypes"
+            _marks(axes, points, series, marker="x", color=color, markersize=5.5, markeredgewidth=1.3)
+        axes.set(xticks=[], yticks=[])
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.margins(0.06)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(True)
+        axes.spines[:].set_alpha(0.35)
+        return _svg(figure, f"Latent space of class {latent_map.class_name}")
+
+
+def padded_limits(values: Sequence[float]) -> tuple[float, float]:
+    """Axis limits for accuracies in percent: the values' range and some room, within 0 to 100."""
+    low, high = min(values), max(values)
+    room = max(0.06 * (high - low), 0.5)
+    return max(low - room, 0.0), min(high + room, 101.0)
+
+
+def thumbnail(image: Images, side: int) -> str:
+    """An image as a data URI: PNG as it is when it fits into ``side`` pixels, else a JPEG scaled down to it."""
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    buffer = io.BytesIO()
+    if max(picture.size) <= side:
+        kind = "png"
+        picture.save(buffer, "PNG", optimize=True)
+    else:
+        kind = "jpeg"
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+        picture.save(buffer, "JPEG", quality=84, optimize=True)
+    return data_uri(f"image/{kind}", buffer.getvalue())
+
+
+def data_uri(mime: str, content: bytes) -> str:
+    """Content as a base64 data URI."""
+    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
+
+
+def _marks(axes: Axes, points: Points, series: str, **style: Any) -> None:
+    (line,) = axes.plot(*np.asarray(points).reshape(-1, 2).T, linestyle="none", **style)
+    line.set_gid(series)
+
+
+def _accuracy_axis(axes: Axes, limits: tuple[float, float], metric: str) -> None:
+    axes.set_ylim(*limits)
+    axes.set_ylabel(f"{metric} accuracy (%)")
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.grid(axis="y", color=_INK, alpha=0.13, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _svg(figure: Figure, label: str) -> str:
+    """Write a figure as an SVG element for HTML: without prolog, namespaces, fixed size, and ids that may clash."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Creator": None, "Date": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'<g id="(series-\d+|prototypes)">', r'<g class="\1">', text)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r"<!--.*?-->\s*|<style.*?</style>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", text)
+    text = re.sub(r"font: (\S+px) '[^;\"]*|font-family: '[^;\"]*;?", _font_size, text)
+    text = text.replace("xlink:href", "href").replace(_INK, "currentColor")
+    box = re.search(r'viewBox="([^"]*)"', text)
+    assert box is not None, "matplotlib writes a viewBox"
+    root = f'<svg viewBox="{box[1]}" role="img" aria-label="{html.escape(label)}">'
+    return re.sub(r"<svg[^>]*>", lambda _: root, text, count=1)
+
+
+def _font_size(declaration: re.Match[str]) -> str:
+    return f"font-size: {declaration[1]}" if declaration[1] else ""

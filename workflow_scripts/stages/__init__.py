@@ -1,0 +1,1 @@
+"""The programs that the Snakemake rules run, one per rule."""

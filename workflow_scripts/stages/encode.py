@@ -1,0 +1,70 @@
+"""Encode the real images of a shard's classes: the VAE posterior's mean and log-variance of each image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from workflow_scripts.data.preprocess import load_squares
+from workflow_scripts.data.sources import BadImage
+from workflow_scripts.diffusion.backbone import Autoencoder
+from workflow_scripts.errors import DataError
+from workflow_scripts.recipes import Recipes
+from workflow_scripts.stages.common import stage_main
+from workflow_scripts.stages.worker import Computed, pick_device, run_shard
+from workflow_scripts.store.results import Result
+
+
+def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
+    """Encode one shard."""
+    config = recipes.config
+    device = pick_device(config.compute.device)
+
+    def compute(missing: list[Result]) -> Iterator[Computed]:
+        autoencoder = Autoencoder.load(recipes.backbone.path, device, getattr(torch, config.compute.dtype))
+        for result in missing:
+            yield result, *encode_class(recipes, autoencoder, result.class_name)
+
+    return run_shard(recipes, "encode", shard, compute, str(device))
+
+
+def encode_class(recipes: Recipes, autoencoder: Autoencoder, class_name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return the arrays and record of one class: mean and logvar (n, c, h, w) fp16, and which images they belong to.
+
+    With ``encode.flip: both`` the mirror images follow the images, in the same order.
+    """
+    config = recipes.config
+    entries = recipes.catalog.entries(class_name, "train")
+    skipped: list[BadImage] = []
+    keys: list[str] = []
+    means, logvars = [], []
+    flips = (False, True) if config.encode.flip == "both" else (False,)
+    for flip in flips:
+        keys, skipped = [], []
+        for kept, pixels in load_squares(
+            recipes.catalog.source,
+            class_name,
+            entries,
+            resolution=config.dataset.resolution,
+            crop=config.dataset.crop,
+            workers=config.compute.workers,
+            batch=config.compute.encode_batch,
+            on_bad=skipped.append if config.dataset.on_bad_image == "skip" else None,
+        ):
+            mean, logvar = autoencoder.encode(np.ascontiguousarray(pixels[:, :, ::-1]) if flip else pixels)
+            means.append(mean.cpu().numpy())
+            logvars.append(logvar.cpu().numpy())
+            keys += [entry.key for entry in kept]
+    if not keys:
+        raise DataError(f"class {class_name}: none of its {len(entries)} images can be read (first: {skipped[0].path}). Replace them.")
+    arrays = {"mean": np.concatenate(means).astype(np.float16), "logvar": np.concatenate(logvars).astype(np.float16)}
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise DataError(f"class {class_name}: the autoencoder gave values beyond half precision. Is {recipes.backbone.path / 'vae'} right?")
+    return arrays, {"images": keys, "skipped": [{"path": bad.path, "reason": bad.reason} for bad in skipped]}
+
+
+if __name__ == "__main__":
+    stage_main("encode", __doc__, work, "a shard number such as 000")

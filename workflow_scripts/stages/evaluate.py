@@ -1,0 +1,95 @@
+"""Train classifiers on exported sets and measure their accuracy on the real test images, one score file per training."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from workflow_scripts.data.preprocess import load_labelled
+from workflow_scripts.data.sources import ImageFolder, Source, Split
+from workflow_scripts.errors import DataError
+from workflow_scripts.evaluation.training import train_student
+from workflow_scripts.recipes import Recipes, SampleSet, Training
+from workflow_scripts.stages.common import stage_main
+from workflow_scripts.stages.export import CARD
+from workflow_scripts.stages.worker import environment, pick_device, progress
+from workflow_scripts.store.digests import digest
+from workflow_scripts.store.files import write_atomically
+
+Labelled = tuple[torch.Tensor, torch.Tensor]
+
+
+def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
+    """Run one job's trainings that have no score yet."""
+    trainings = recipes.trainings_of(shard)
+    missing = [training for training in trainings if not recipes.training_path(training).exists()]
+    if missing:
+        device = pick_device(recipes.config.compute.device)
+        test = load_test(recipes)
+        for training in progress(missing, len(missing), f"evaluate {shard}"):
+            evaluate(recipes, training, load_set(recipes, training.set), test, device)
+    return {"scores": [str(recipes.training_path(training)) for training in trainings]}
+
+
+def evaluate(recipes: Recipes, training: Training, train: Labelled, test: Labelled, device: torch.device) -> None:
+    """Train one classifier and write its score, with everything that determines it."""
+    recipe = recipes.training_recipe(training)
+    score = train_student(recipes.student(training), *train, *test, device=device)
+    record = {
+        "digest": digest(recipe),
+        "recipe": recipe,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **environment(str(device)),
+        "top1_best": score.top1_best,
+        "top1_last": score.top1_last,
+        "top5_last": score.top5_last,
+        "best_epoch": score.best_epoch,
+        "epochs": score.epochs,
+        "images_seen": score.images_seen,
+        "seconds": score.seconds,
+        "curve": score.curve,
+    }
+    write_atomically(recipes.training_path(training), json.dumps(record))
+
+
+def load_set(recipes: Recipes, wanted: SampleSet) -> Labelled:
+    """Read an exported set, after checking that it is the one that is meant and that its class order is the run's."""
+    folder = recipes.set_directory(wanted)
+    try:
+        card = json.loads((folder / CARD).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / CARD}: cannot be read ({error}). Run `stillhouse verify`, then the same command again.") from None
+    if card["digest"] != recipes.set_digest(wanted) or card["classes"] != recipes.classes:
+        raise DataError(f"{folder}: holds another set or another class order than this run's. Delete the folder and run again.")
+    images, labels = _read(recipes, ImageFolder(folder, folder), "train", skip_bad=False)
+    if len(images) != wanted.ipc * len(recipes.classes):
+        raise DataError(f"{folder}: holds {len(images)} images, not {wanted.ipc} for each of {len(recipes.classes)} classes. Delete it and run again.")
+    return images, labels
+
+
+def load_test(recipes: Recipes) -> Labelled:
+    """Read the real test images."""
+    return _read(recipes, recipes.catalog.source, "test", skip_bad=recipes.config.dataset.on_bad_image == "skip")
+
+
+def _read(recipes: Recipes, source: Source, split: Split, *, skip_bad: bool) -> Labelled:
+    """Read all images of a split at the evaluation's resolution: uint8 (n, 3, R, R), and labels (n,) in the run's order."""
+    settings = recipes.config.evaluation
+    pixels, labels = load_labelled(
+        source,
+        {name: source.entries(name, split) for name in recipes.classes},
+        resolution=settings.resolution,
+        crop="resize",
+        resample=settings.resample,
+        workers=recipes.config.compute.workers,
+        skip_bad=skip_bad,
+    )
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+
+
+if __name__ == "__main__":
+    stage_main("evaluate", __doc__, work, "METHOD-ipcN-NNN, for instance mgd3-ipc10-000")

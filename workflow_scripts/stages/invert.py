@@ -1,0 +1,61 @@
+"""Invert the latents of a shard's classes by DDIM and keep each class's mean and variance at the start timestep (D3HR)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from workflow_scripts.config import Inversion
+from workflow_scripts.diffusion.backbone import Denoiser
+from workflow_scripts.diffusion.inversion import Moments, invert
+from workflow_scripts.diffusion.schedule import respace
+from workflow_scripts.recipes import Recipes
+from workflow_scripts.stages.common import stage_main
+from workflow_scripts.stages.inputs import scaled_latents
+from workflow_scripts.stages.worker import Computed, pick_device, quiet_libraries, run_shard
+from workflow_scripts.store.results import Result
+
+
+def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
+    """Invert one shard."""
+    config = recipes.config
+    quiet_libraries()
+    device = pick_device(config.compute.device)
+
+    def compute(missing: list[Result]) -> Iterator[Computed]:
+        dtype = getattr(torch, config.compute.dtype)
+        denoiser = Denoiser.load(recipes.backbone.path, device, dtype, compiled=config.compute.compile)
+        for result in missing:
+            latents = torch.from_numpy(scaled_latents(recipes, result.class_name))
+            yield result, *class_gaussian(denoiser, latents, result.recipe, config.compute.invert_batch)
+
+    return run_shard(recipes, "invert", shard, compute, str(device))
+
+
+def class_gaussian(
+    denoiser: Denoiser, latents: torch.Tensor, recipe: Mapping[str, Any], batch: int
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Stream a class's latents (n, c, h, w) through the inversion; return mean and variance (c, h, w) fp32, and the count."""
+    grid = respace(denoiser.abar, recipe["steps"], recipe["spacing"])
+    moments = Moments()
+    for part in latents.split(batch):
+        inverted = invert(
+            denoiser,
+            grid,
+            part.to(denoiser.device),
+            torch.full((len(part),), recipe["label"], device=denoiser.device),
+            grid.step_of(recipe["timestep"]),
+            Inversion(**recipe["inversion"]),
+            cfg_scale=recipe["cfg_scale"],
+            cfg_channels=recipe["cfg_channels"],
+        )
+        moments.update(inverted)
+    mean, variance = (moment.float().cpu().numpy() for moment in moments.result())
+    return {"mean": mean, "variance": variance}, {"count": moments.count}
+
+
+if __name__ == "__main__":
+    stage_main("invert", __doc__, work, "a shard number such as 000")

@@ -1,0 +1,202 @@
+"""Gather a run's scores and pictures into ``report/``: index.html, scores.csv, scores.json and leaderboard.tex."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import yaml
+
+from workflow_scripts.config import DiffusionMethod
+from workflow_scripts.data.preprocess import load_squares
+from workflow_scripts.evaluation.architectures import display_name
+from workflow_scripts.methods.registry import ClassInputs, prototypes_of
+from workflow_scripts.recipes import CLASS_STAGES, Recipes, SampleSet, Training
+from workflow_scripts.report import page, tables
+from workflow_scripts.report.data import (
+    ContactSheet,
+    DatasetSummary,
+    LatentMap,
+    MethodInfo,
+    ReportData,
+    ScoreRow,
+    SheetRow,
+    SkippedImage,
+    StageTime,
+)
+from workflow_scripts.stages.common import stage_main
+from workflow_scripts.stages.inputs import scaled_latents
+from workflow_scripts.stages.publish import publish, report_folder
+from workflow_scripts.stages.worker import environment
+from workflow_scripts.store.files import write_atomically
+
+COLUMNS = [field.name for field in fields(ScoreRow) if field.name != "curve"]
+
+
+def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
+    """Write the report of a run."""
+    config = recipes.config
+    data = gather(recipes)
+    folder = report_folder(config, recipes.job("report", "report"))
+    rows = [{column: getattr(score, column) for column in COLUMNS} for score in data.scores]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(folder / "scores.csv", table.getvalue())
+    write_atomically(folder / "scores.json", json.dumps(rows, indent=1))
+    write_atomically(folder / "leaderboard.tex", tables.latex(data))
+    write_atomically(folder / "index.html", page.render(data))
+    publish(config, recipes.job("report", "report"))
+    return {"report": str(folder / "index.html")}
+
+
+def gather(recipes: Recipes) -> ReportData:
+    """Read everything that the report shows."""
+    config = recipes.config
+    trainings = [t for method in config.compare for ipc in config.ipc for t in recipes.trainings(method, ipc)]
+    settings = config.evaluation
+    keys = {_key(architecture): architecture for architecture in settings.architectures}
+    example = recipes.student(trainings[0])
+    records = [json.loads(recipes.training_path(training).read_text()) for training in trainings]
+    results = {result.digest: result for stage in CLASS_STAGES for result in _results(recipes, stage)}
+    dataset = config.dataset
+    return ReportData(
+        run=config.run,
+        title=config.title or config.run,
+        created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        dataset=DatasetSummary(
+            source=dataset.source if dataset.root is None else f"{dataset.source} {dataset.root}",
+            classes=tuple(recipes.classes),
+            train_counts=tuple(len(recipes.catalog.entries(name, "train")) for name in recipes.classes),
+            test_counts=tuple(len(recipes.catalog.entries(name, "test")) for name in recipes.classes),
+        ),
+        methods=tuple(
+            MethodInfo(name, method.summary, method.model_dump(mode="json", exclude={"summary"}))
+            for name, method in config.compared().items()
+        ),
+        ipcs=config.ipc,
+        architectures={
+            key: display_name(a.name, resolution=settings.resolution, width=a.width) for key, a in keys.items()
+        },
+        scores=tuple(_score(recipes, training, record) for training, record in zip(trainings, records, strict=True)),
+        protocols={settings.protocol: {f.name: getattr(example, f.name) for f in fields(example) if f.name not in _VARYING}
+                   | {"epochs": {ipc: recipes.epochs(ipc) for ipc in config.ipc}}},
+        stage_times=_stage_times(recipes, records),
+        sheets=tuple(_sheet(recipes, method, ipc) for method in config.compare for ipc in config.ipc),
+        maps=tuple(_map(recipes, name, max(i for i in config.ipc if i <= max(10, min(config.ipc)))) for name in recipes.classes[: config.report.map_classes]),
+        skipped_images=tuple(
+            SkippedImage(result.class_name, bad["path"], bad["reason"])
+            for result in results.values()
+            if result.stage == "encode"
+            for bad in recipes.store.record(result)["skipped"]
+        ),
+        config_text=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
+        environment={**environment(records[0]["device"])["versions"], "classifiers trained on": records[0]["device"]},
+    )
+
+
+_VARYING = {"architecture", "width", "epochs", "seed", "classes"}
+
+
+def _key(architecture: Any) -> str:
+    return architecture.name if architecture.width is None else f"{architecture.name}-w{architecture.width}"
+
+
+def _score(recipes: Recipes, training: Training, record: Mapping[str, Any]) -> ScoreRow:
+    wanted = training.set
+    return ScoreRow(
+        run=recipes.config.run,
+        method=wanted.method,
+        ipc=wanted.ipc,
+        seed=wanted.seed,
+        protocol=recipes.config.evaluation.protocol,
+        architecture=_key(training.architecture),
+        repeat=training.repeat,
+        set_digest=recipes.set_digest(wanted),
+        curve=tuple((int(epoch), float(top1)) for epoch, top1 in record["curve"]),
+        **{key: record[key] for key in ("top1_best", "top1_last", "top5_last", "epochs", "images_seen", "seconds")},
+    )
+
+
+def _results(recipes: Recipes, stage: str) -> list[Any]:
+    jobs = [job for job in recipes.jobs() if job.stage == stage]
+    return [result for job in jobs for result in recipes.stage_results(stage, job.shard)]
+
+
+def _stage_times(recipes: Recipes, trainings: list[dict[str, Any]]) -> tuple[StageTime, ...]:
+    seconds: dict[str, list[float]] = defaultdict(list)
+    devices: dict[str, str] = {}
+    for stage in CLASS_STAGES:
+        for result in _results(recipes, stage):
+            record = recipes.store.record(result)
+            seconds[stage].append(record["seconds"])
+            devices[stage] = record["device"]
+    seconds["evaluate"] = [training["seconds"] for training in trainings]
+    devices["evaluate"] = trainings[0]["device"]
+    return tuple(
+        StageTime(stage, len(times), sum(times), sum(times) / len(times), devices[stage]) for stage, times in seconds.items()
+    )
+
+
+def _sheet(recipes: Recipes, method: str, ipc: int) -> ContactSheet:
+    """Show the first seed's images, each with the real image of its class whose latent is nearest."""
+    config = recipes.config
+    wanted = SampleSet(method, ipc, config.seeds[0])
+    rows = []
+    for label, name in enumerate(recipes.classes[: config.report.sheet_classes]):
+        stored = recipes.store.read(recipes.samples(name, wanted)).arrays
+        count = min(ipc, config.report.sheet_images)
+        synthetic, latents = stored["images"][:count], stored["latents"][:count].reshape(count, -1)
+        keys = recipes.store.record(recipes.latents(name))["images"]
+        real = scaled_latents(recipes, name)[: len(keys)].reshape(len(keys), -1)
+        distances = np.sqrt(((latents[:, None] - real[None]) ** 2).sum(2))
+        nearest = distances.argmin(1)
+        by_key = {entry.key: entry for entry in recipes.catalog.entries(name, "train")}
+        pictures = load_squares(
+            recipes.catalog.source,
+            name,
+            [by_key[keys[index]] for index in nearest],
+            resolution=config.dataset.resolution,
+            crop=config.dataset.crop,
+            workers=config.compute.workers,
+            batch=count,
+        )
+        rows.append(SheetRow(name, label, synthetic, next(pictures)[1], distances.min(1)))
+    return ContactSheet(method, ipc, tuple(rows))
+
+
+def _map(recipes: Recipes, name: str, ipc: int) -> LatentMap:
+    """Project a class's real latents, prototypes and synthetic latents on the real latents' two principal axes."""
+    config = recipes.config
+    real = scaled_latents(recipes, name)
+    shape = real.shape[1:]
+    flat = real.reshape(len(real), -1)
+    centre = flat.mean(0)
+    _, values, axes = np.linalg.svd(flat - centre, full_matrices=False)
+    shares = values**2 / max(float((values**2).sum()), 1e-30)
+    shares, axes = np.append(shares, 0.0), axes if len(axes) > 1 else np.vstack([axes, np.zeros_like(axes)])
+
+    def project(points: np.ndarray) -> np.ndarray:
+        return (points.reshape(len(points), -1) - centre) @ axes[:2].T
+
+    prototypes, synthetic = {}, {}
+    for key, method in config.compared().items():
+        synthetic[key] = project(recipes.store.read(recipes.samples(name, SampleSet(key, ipc, config.seeds[0])), "latents").arrays["latents"])
+        modes = recipes.modes(name, key, ipc)
+        if modes is not None and isinstance(method, DiffusionMethod):
+            found = prototypes_of(method, ClassInputs(name, shape, modes=recipes.store.read(modes).arrays), ipc)
+            if found is not None:
+                prototypes[key] = project(found.means)
+    return LatentMap(name, project(flat), prototypes, synthetic, (float(shares[0]), float(shares[1])), ipc)
+
+
+if __name__ == "__main__":
+    stage_main("report", __doc__, work, "report")

@@ -1,0 +1,1 @@
+"""Results addressed by what they are made from, and their atomic commit."""

@@ -1,0 +1,173 @@
+"""The store: one Zarr group per class-level result, at a place that its recipe determines, committed whole or not at all.
+
+``root/<stage>.zarr/<class>/<digest prefix>`` holds the arrays, one chunk each; the group's attributes are the record: the
+full recipe, what computed it and when, and a checksum per array.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from workflow_scripts.errors import StoreError
+from workflow_scripts.store.digests import PREFIX, digest
+from workflow_scripts.store.files import TEMPORARY, explain_full_disk, sync_directory
+
+RECORD = "zarr.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A class-level result: what it is made from, whether or not it exists yet.
+
+    Attributes:
+        recipe: everything that determines it, JSON-serialisable, including ``stage`` and ``class``.
+    """
+
+    stage: str
+    class_name: str
+    recipe: Mapping[str, Any]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the recipe, in hexadecimal."""
+        return digest(self.recipe)
+
+    @property
+    def place(self) -> str:
+        """Path below the store's root."""
+        return f"{self.stage}.zarr/{self.class_name}/{self.digest[:PREFIX]}"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A result as read back: its arrays and its record."""
+
+    arrays: dict[str, np.ndarray]
+    record: dict[str, Any]
+
+
+class Store:
+    """Reads and commits results below one directory."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def path(self, result: Result) -> Path:
+        """Return where a result is, or will be."""
+        return self.root / result.place
+
+    def exists(self, result: Result) -> bool:
+        """Say whether a result is there; a result is never there in part."""
+        return (self.path(result) / RECORD).exists()
+
+    def commit(self, result: Result, arrays: Mapping[str, np.ndarray], info: Mapping[str, Any]) -> None:
+        """Write a result beside its place, make it durable, and rename it into place.
+
+        Two workers that commit the same result do no harm: the first to arrive stays.
+
+        Args:
+            info: JSON-serialisable facts for the record that do not determine the result (device, seconds, versions).
+
+        Raises:
+            StoreError: if the disk takes no more; nothing half-written stays.
+        """
+        import zarr  # imported here because it costs a planner that only asks what exists a second
+
+        final = self.path(result)
+        temporary = final.parent / f"{TEMPORARY}{final.name}.{uuid.uuid4().hex}"
+        record = {
+            "digest": result.digest,
+            "recipe": result.recipe,
+            "checksums": {name: checksum(array) for name, array in arrays.items()},
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **info,
+        }
+        with explain_full_disk(final):
+            try:
+                temporary.mkdir(parents=True)
+                for name, array in arrays.items():
+                    zarr.create_array(
+                        str(temporary / name),
+                        data=array,
+                        chunks=tuple(max(1, side) for side in array.shape),
+                        compressors=None,
+                        fill_value=np.nan if array.dtype.kind == "f" else 0,
+                        chunk_key_encoding={"name": "default", "separator": "."},
+                        config={"write_empty_chunks": True},
+                    )
+                (temporary / RECORD).write_text(json.dumps({"zarr_format": 3, "node_type": "group", "attributes": record}))
+                _sync_tree(temporary)
+                try:
+                    temporary.rename(final)
+                except OSError:
+                    if not self.exists(result):
+                        raise
+                    shutil.rmtree(temporary)
+                sync_directory(final.parent)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+
+    def read(self, result: Result, *names: str) -> Stored:
+        """Read a result's arrays (all of them, or those named) and its record, comparing checksums.
+
+        Raises:
+            StoreError: if it is not there, or is damaged.
+        """
+        import zarr
+
+        path = self.path(result)
+        try:
+            record = self.record(result)
+            wanted = names or tuple(record["checksums"])
+            arrays = {name: np.asarray(zarr.open_array(str(path / name), mode="r")[...]) for name in wanted}
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise StoreError(f"{path}: {result.stage} of class {result.class_name} cannot be read ({error!r}). {_REMEDY}") from error
+        for name, array in arrays.items():
+            if checksum(array) != record["checksums"][name]:
+                raise StoreError(f"{path}/{name}: {result.stage} of class {result.class_name} does not match its checksum. {_REMEDY}")
+        return Stored(arrays, record)
+
+    def record(self, result: Result) -> dict[str, Any]:
+        """Read a result's record alone."""
+        record: dict[str, Any] = json.loads((self.path(result) / RECORD).read_text())["attributes"]
+        return record
+
+    def everything(self) -> Iterator[Path]:
+        """Yield the directory of every result, and of every leftover of an interrupted commit."""
+        for stage in sorted(self.root.glob("*.zarr")):
+            for class_directory in sorted(path for path in stage.iterdir() if path.is_dir()):
+                yield from sorted(path for path in class_directory.iterdir() if path.is_dir())
+
+
+_REMEDY = "Run `stillhouse verify`, which sets damaged results aside, then run the same command again."
+
+
+def checksum(array: np.ndarray) -> str:
+    """Return the SHA-256 of an array's type, shape and bytes."""
+    sha256 = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
+    sha256.update(np.ascontiguousarray(array))
+    return sha256.hexdigest()
+
+
+def _sync_tree(root: Path) -> None:
+    for directory, _, files in os.walk(root, topdown=False):
+        for name in files:
+            descriptor = os.open(Path(directory, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_directory(Path(directory))

@@ -26,8 +26,8 @@ from tempfile import TemporaryDirectory
 ENVS = Path(__file__).resolve().parent
 PYPROJECT, LOCK, CONDA = ENVS.parent / "pyproject.toml", ENVS / "requirements.lock", ENVS / "stillhouse.yaml"
 
-# What builds this package, and the one dependency that is published as source only.
-BUILD = ("hatchling", "packaging", "pathspec", "pluggy", "setuptools", "trove-classifiers")
+# What builds this package, and (setuptools) the dependencies that are published as source only.
+BUILD = ("hatchling", "setuptools")
 
 PLATFORM = re.compile(
     r"(?: and )?(?:sys_platform == 'linux'|platform_machine == '(?:x86_64|aarch64)'"
@@ -64,9 +64,8 @@ def pins(lock: str) -> list[str]:
     return [line.removesuffix(" \\") for line in lock.splitlines() if line[:1] not in ("", " ", "#")]
 
 
-def constrain(pyproject: str, requirements: list[str]) -> str:
+def constrain(pyproject: str, build: list[str], requirements: list[str]) -> str:
     """Replace the two lists of constraints in the text of ``pyproject.toml``."""
-    build = [pin for pin in requirements if pin.split("==")[0] in BUILD]
     for key, values in (("build-constraint-dependencies", build), ("constraint-dependencies", requirements)):
         lines = "".join(f'    "{value}",\n' for value in values)
         pyproject, count = re.subn(rf"(?ms)^{key} = \[\n.*?^\]$", f"{key} = [\n{lines}]", pyproject)
@@ -79,25 +78,30 @@ def main() -> None:
     """Resolve in a scratch directory, and write the files only when all of it has succeeded."""
     ranges = PYPROJECT.read_text()
     with TemporaryDirectory() as scratch:
-        project, lock = Path(scratch, "pyproject.toml"), Path(scratch, LOCK.name)
+        project, lock, build = (Path(scratch, name) for name in ("pyproject.toml", LOCK.name, "build.lock"))
 
-        def uv(*command: str) -> None:
-            plain = ("--quiet", "--no-annotate", "--no-header", "--output-file", lock)
+        def uv(output: Path, *command: str) -> list[str]:
+            plain = ("--quiet", "--no-annotate", "--no-header", "--output-file", output)
             subprocess.run(["uv", *command, *plain], cwd=scratch, check=True)
+            text = re.sub(r"(?m)^\w.*?(?=(?: \\)?$)", lambda pin: without_platform(pin[0]), output.read_text())
+            output.write_text(text)
+            return pins(text)
 
         # Versions found in an existing lock are kept where the ranges allow them.
         if LOCK.exists():
             shutil.copy(LOCK, lock)
-        project.write_text(constrain(ranges, []))
-        uv("pip", "compile", project.name, "--universal", "--group", "dev", *sys.argv[1:])
+        project.write_text(constrain(ranges, [], []))
+        versions = uv(lock, "pip", "compile", project.name, "--universal", "--group", "dev", *sys.argv[1:])
         # The second pass has uv resolve the project under these pins, and reduces the hashes to those of the platforms.
-        project.write_text(constrain(ranges, pins(lock.read_text())))
-        uv("export", "--no-emit-project", "--all-groups")
-        text = re.sub(r"(?m)^\S.*(?= \\$)", lambda pin: without_platform(pin[0]), lock.read_text())
+        project.write_text(constrain(ranges, [], versions))
+        versions = uv(lock, "export", "--no-emit-project", "--all-groups")
+        Path(scratch, "build.in").write_text("\n".join(BUILD))
+        builders = uv(build, "pip", "compile", "build.in", "--universal", "--constraint", lock.name)
+        text = lock.read_text()
 
     LOCK.write_text(LOCK_HEADER + text)
-    PYPROJECT.write_text(constrain(ranges, pins(text)))
-    CONDA.write_text(CONDA_HEADER + "".join(f"      - {pin}\n" for pin in pins(text)))
+    PYPROJECT.write_text(constrain(ranges, builders, versions))
+    CONDA.write_text(CONDA_HEADER + "".join(f"      - {pin}\n" for pin in versions))
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ class FitVAE(Strict):
     channels: tuple[PositiveInt, ...] = Field((16, 32, 64), description="channels per level; each level but the last halves the side")
     latent_channels: PositiveInt = 4
     layers_per_block: PositiveInt = 1
-    kl_weight: NonNegativeFloat = 3e-5
-    steps: PositiveInt = 2500
+    kl_weight: NonNegativeFloat = 1e-6
+    steps: PositiveInt = 1800
     batch_size: PositiveInt = 64
     learning_rate: PositiveFloat = 2e-3
 
@@ -70,7 +70,7 @@ class FitDiT(Strict):
     heads: PositiveInt = 4
     head_dim: PositiveInt = 32
     patch_size: PositiveInt = 2
-    steps: PositiveInt = 9000
+    steps: PositiveInt = 8000
     batch_size: PositiveInt = 128
     learning_rate: PositiveFloat = 1e-3
     warmup: NonNegativeInt = 400

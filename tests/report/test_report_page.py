@@ -291,3 +291,8 @@ def test_scores_must_belong_to_the_report(minimal: Callable[..., ReportData], ch
     scores = (dataclasses.replace(minimal().scores[0], **change),)
     with pytest.raises(ValueError, match="but the report has only"):
         minimal(scores=scores)
+
+
+def test_every_class_needs_its_counts() -> None:
+    with pytest.raises(ValueError, match="2 classes need as many counts, not 2 train and 1 test counts"):
+        DatasetSummary("digits", ("zero", "one"), (1, 1), (1,))

@@ -111,7 +111,7 @@ def _accuracies(
             ranking = logits.topk(min(5, logits.shape[1]), dim=1).indices == truth[:, None]
             hits += torch.stack([ranking[:, 0].sum(), ranking.sum()])
     model.train()
-    top1, top5 = (hits.to(torch.float64) * (100 / len(images))).tolist()
+    top1, top5 = (100 * hits.to(torch.float64) / len(images)).tolist()
     return top1, top5
 
 

@@ -18,12 +18,21 @@ Points = NDArray[np.floating]
 
 @dataclass(frozen=True)
 class DatasetSummary:
-    """The real images. ``classes`` is in label order; the counts are images per class in the same order."""
+    """The real images. ``classes`` is in label order; the counts are images per class in the same order.
+
+    Raises:
+        ValueError: there is not one count per class.
+    """
 
     source: str
     classes: tuple[str, ...]
     train_counts: tuple[int, ...]
     test_counts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.classes) == len(self.train_counts) == len(self.test_counts):
+            lengths = f"{len(self.train_counts)} train and {len(self.test_counts)} test counts"
+            raise ValueError(f"{len(self.classes)} classes need as many counts, not {lengths}")
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,8 @@ def map_figure(latent_map: LatentMap, styles: Mapping[str, MethodStyle], name: s
         figure = Figure(figsize=(2.8, 2.8), dpi=200)
         axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
         real = np.asarray(latent_map.real).reshape(-1, 2)
-        axes.plot(*real.T, "o", color=_REAL, alpha=0.55, markersize=3, markeredgewidth=0, rasterized=True)
+        alpha = 0.55 * min(1.0, 200 / max(len(real), 1)) ** 0.5  # a crowd must not hide what lies in it
+        axes.plot(*real.T, "o", color=_REAL, alpha=alpha, markersize=3, markeredgewidth=0, rasterized=True)
         for method, points in latent_map.synthetic.items():
             style = styles[method]
             marks = dict(marker=style.marker, color=style.color, markersize=5, markeredgecolor="white")
@@ -199,7 +200,7 @@ def thumbnail(image: Images, side: int) -> str:
     else:
         kind = "jpeg"
         picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-        picture.save(buffer, "JPEG", quality=84, optimize=True)
+        picture.save(buffer, "JPEG", quality=82, optimize=True)
     return data_uri(f"image/{kind}", buffer.getvalue())
 
 

@@ -16,13 +16,13 @@ from markupsafe import Markup
 from workflow_scripts.report import figures, tables
 from workflow_scripts.report.data import ContactSheet, LatentMap, ReportData, ScoreRow, SheetRow, StageTime
 
-IMAGE_BUDGET = 10_000_000
+IMAGE_BUDGET = 12_000_000
 """Bytes of the page that images may take, about; sheets show fewer images until they fit."""
 
 MAPS_PER_IPC = 12
 SHEET_CLASSES = 24
 SKIPPED_LISTED = 200
-THUMBNAIL_SIDE = 112
+THUMBNAIL_SIDE = 96
 
 _PAIRS_PER_SHEET = (100, 80, 60, 40, 30, 20, 12, 8, 4, 2, 1)
 _PIXEL_ART_SIDE = 64  # images up to this side are shown as they are, every pixel a square

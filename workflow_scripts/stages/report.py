@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import fields
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -37,20 +35,14 @@ from workflow_scripts.stages.publish import publish, report_folder
 from workflow_scripts.stages.worker import environment
 from workflow_scripts.store.files import write_atomically
 
-COLUMNS = [field.name for field in fields(ScoreRow) if field.name != "curve"]
-
 
 def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     """Write the report of a run."""
     config = recipes.config
     data = gather(recipes)
     folder = report_folder(config, recipes.job("report", "report"))
-    rows = [{column: getattr(score, column) for column in COLUMNS} for score in data.scores]
-    table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(folder / "scores.csv", table.getvalue())
+    rows = tables.csv_rows(data)
+    write_atomically(folder / "scores.csv", tables.to_csv(rows))
     write_atomically(folder / "scores.json", json.dumps(rows, indent=1))
     write_atomically(folder / "leaderboard.tex", tables.latex(data))
     write_atomically(folder / "index.html", page.render(data))
@@ -71,7 +63,7 @@ def gather(recipes: Recipes) -> ReportData:
     return ReportData(
         run=config.run,
         title=config.title or config.run,
-        created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
         dataset=DatasetSummary(
             source=dataset.source if dataset.root is None else f"{dataset.source} {dataset.root}",
             classes=tuple(recipes.classes),

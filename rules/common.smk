@@ -31,9 +31,7 @@ if workflow.dag_settings is not None:
     workflow.dag_settings.rerun_triggers = frozenset({RerunTrigger.MTIME})
 
 # Jobs that use a GPU claim one, and locally one at a time may have it unless --resources gpu=N says otherwise.
-HAS_GPU = RUN.compute.device != "cpu" and (
-    workflow.non_local_exec or any(Path("/dev").glob("nvidia[0-9]*"))
-)
+HAS_GPU = RUN.compute.device != "cpu" and (workflow.non_local_exec or any(Path("/dev").glob("nvidia[0-9]*")))
 if workflow.local_exec and HAS_GPU and "gpu" not in workflow.global_resources:
     workflow.global_resources["gpu"] = 1
 

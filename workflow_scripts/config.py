@@ -35,26 +35,40 @@ class Strict(BaseModel):
 class Dataset(Strict):
     """Where the real images are, and how each becomes a square of ``resolution`` pixels."""
 
-    source: Literal["digits", "imagefolder"] = Field(description="digits ships with scikit-learn; imagefolder is root/class/*.png")
+    source: Literal["digits", "imagefolder"] = Field(
+        description="digits ships with scikit-learn; imagefolder is root/class/*.png"
+    )
     root: Path | None = Field(None, description="training images, one folder per class (imagefolder)")
     test_root: Path | None = Field(None, description="held-out images in the same layout (imagefolder)")
-    classes: tuple[str, ...] | None = Field(None, description="the classes to use, in label order; default: all, sorted")
+    classes: tuple[str, ...] | None = Field(
+        None, description="the classes to use, in label order; default: all, sorted"
+    )
     resolution: PositiveInt = Field(256, description="side in pixels at which the backbone sees an image")
-    crop: Literal["adm", "resize"] = Field("adm", description="adm: halve, bicubic, centre crop; resize: bicubic short side, centre crop")
-    fingerprint: Literal["stat", "content"] = Field("stat", description="what identifies an image: path, size and mtime, or a hash of its bytes")
-    on_bad_image: Literal["fail", "skip"] = Field("fail", description="an unreadable image stops the run, or is left out and listed in the report")
+    crop: Literal["adm", "resize"] = Field(
+        "adm", description="adm: halve, bicubic, centre crop; resize: bicubic short side, centre crop"
+    )
+    fingerprint: Literal["stat", "content"] = Field(
+        "stat", description="what identifies an image: path, size and mtime, or a hash of its bytes"
+    )
+    on_bad_image: Literal["fail", "skip"] = Field(
+        "fail", description="an unreadable image stops the run, or is left out and listed in the report"
+    )
 
     @model_validator(mode="after")
     def _folders(self) -> Dataset:
         if self.source == "imagefolder" and (self.root is None or self.test_root is None):
-            raise ValueError("source imagefolder needs root and test_root, folders that hold one folder of images per class")
+            raise ValueError(
+                "source imagefolder needs root and test_root, folders that hold one folder of images per class"
+            )
         return self
 
 
 class FitVAE(Strict):
     """A small KL autoencoder and its training."""
 
-    channels: tuple[PositiveInt, ...] = Field((16, 32, 64), description="channels per level; each level but the last halves the side")
+    channels: tuple[PositiveInt, ...] = Field(
+        (16, 32, 64), description="channels per level; each level but the last halves the side"
+    )
     latent_channels: PositiveInt = 4
     layers_per_block: PositiveInt = 1
     kl_weight: NonNegativeFloat = 1e-6
@@ -85,7 +99,9 @@ class Fit(Strict):
     vae: FitVAE = FitVAE()
     dit: FitDiT = FitDiT()
     seed: int = 0
-    checkpoint_every: PositiveInt = Field(500, description="steps between checkpoints; a killed fit resumes at the last")
+    checkpoint_every: PositiveInt = Field(
+        500, description="steps between checkpoints; a killed fit resumes at the last"
+    )
 
 
 class Backbone(Strict):
@@ -97,14 +113,18 @@ class Backbone(Strict):
     @model_validator(mode="after")
     def _one(self) -> Backbone:
         if (self.path is None) == (self.fit is None):
-            raise ValueError("give either path (a backbone in diffusers format) or fit (train one on this run's images)")
+            raise ValueError(
+                "give either path (a backbone in diffusers format) or fit (train one on this run's images)"
+            )
         return self
 
 
 class Encode(Strict):
     """VAE encoding of the real images."""
 
-    flip: Literal["none", "both"] = Field("none", description="both: each image's mirror image counts as a further real image")
+    flip: Literal["none", "both"] = Field(
+        "none", description="both: each image's mirror image counts as a further real image"
+    )
 
 
 class Cluster(Strict):
@@ -123,8 +143,12 @@ class Sampler(Strict):
     spacing: Literal["linspace", "leading"] = "linspace"
     steps: PositiveInt = 50
     cfg_scale: NonNegativeFloat = 4.0
-    cfg_channels: PositiveInt = Field(3, description="latent channels that are guided: 3 as in DiT's own code, 4 as in diffusers")
-    variance: Literal["learned", "fixed"] = Field("learned", description="ddpm only: the model's interpolation, or the posterior variance")
+    cfg_channels: PositiveInt = Field(
+        3, description="latent channels that are guided: 3 as in DiT's own code, 4 as in diffusers"
+    )
+    variance: Literal["learned", "fixed"] = Field(
+        "learned", description="ddpm only: the model's interpolation, or the posterior variance"
+    )
 
 
 class NoiseStart(Strict):
@@ -136,8 +160,12 @@ class NoiseStart(Strict):
 class Inversion(Strict):
     """DDIM inversion of the real latents (D3HR 1.4)."""
 
-    cfg_scale: NonNegativeFloat | None = Field(None, description="guidance during inversion; default: the sampler's, as published")
-    evaluate_at: Literal["next", "current"] = Field("next", description="timestep given to the network: the code's choice, or the paper's")
+    cfg_scale: NonNegativeFloat | None = Field(
+        None, description="guidance during inversion; default: the sampler's, as published"
+    )
+    evaluate_at: Literal["next", "current"] = Field(
+        "next", description="timestep given to the network: the code's choice, or the paper's"
+    )
     refinements: NonNegativeInt = Field(0, description="fixed-point iterations per step")
 
 
@@ -146,10 +174,14 @@ class GaussianStart(Strict):
 
     kind: Literal["gaussian"]
     timestep: PositiveInt = Field(600, description="where the class Gaussian is fitted and sampling starts")
-    legacy_offset: bool = Field(False, description="start one grid step later than the statistics, as the released code does")
+    legacy_offset: bool = Field(
+        False, description="start one grid step later than the statistics, as the released code does"
+    )
     construction: Literal["random", "best_of_m", "moment_matched"] = "moment_matched"
     candidates: PositiveInt = Field(100_000, description="groups compared by best_of_m")
-    weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = Field((1.0, 1.0, 0.5), description="of mean, spread and skewness in best_of_m")
+    weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = Field(
+        (1.0, 1.0, 0.5), description="of mean, spread and skewness in best_of_m"
+    )
     inversion: Inversion = Inversion()
 
 
@@ -190,8 +222,12 @@ class TangentTerm(Strict):
     scale: NonNegativeFloat = 0.1
     stop: NonNegativeInt = 25
     neighbours: Annotated[int, Field(ge=2)] = Field(64, description="real latents that span the tangent space")
-    neighbourhood: Literal["cluster", "class"] = Field("cluster", description="at most as many neighbours as the prototype's cluster has members, or no such limit")
-    tangent_variance: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="share of the neighbourhood's variance that the tangent space keeps")
+    neighbourhood: Literal["cluster", "class"] = Field(
+        "cluster", description="at most as many neighbours as the prototype's cluster has members, or no such limit"
+    )
+    tangent_variance: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.9, description="share of the neighbourhood's variance that the tangent space keeps"
+    )
     tangent_dim: PositiveInt | None = Field(None, description="fixed dimension instead of tangent_variance")
     kappa: Fraction = Field(0.0, description="share of the normal part that is kept: 0 the paper's projection, 1 MGD3")
     normal_pull: NonNegativeFloat = Field(0.0, description="eta: extra pull of x0 towards the tangent plane")
@@ -226,7 +262,9 @@ class DiffusionMethod(Strict):
 
     kind: Literal["diffusion"]
     start: Annotated[NoiseStart | GaussianStart, Field(discriminator="kind")] = NoiseStart()
-    prototypes: Annotated[KMeansPrototypes | LeafPrototypes | MultiscalePrototypes, Field(discriminator="kind")] | None = None
+    prototypes: (
+        Annotated[KMeansPrototypes | LeafPrototypes | MultiscalePrototypes, Field(discriminator="kind")] | None
+    ) = None
     guidance: tuple[Annotated[ModeTerm | TangentTerm | ReleasedManifoldTerm, Field(discriminator="term")], ...] = ()
     sampler: Sampler = Sampler()
     summary: str = ""
@@ -234,7 +272,9 @@ class DiffusionMethod(Strict):
     @model_validator(mode="after")
     def _prototypes(self) -> DiffusionMethod:
         if self.guidance and self.prototypes is None:
-            raise ValueError("guidance pulls towards prototypes: name them (prototypes: kind: kmeans, leaves or multiscale)")
+            raise ValueError(
+                "guidance pulls towards prototypes: name them (prototypes: kind: kmeans, leaves or multiscale)"
+            )
         if self.prototypes is not None and not self.guidance:
             raise ValueError("prototypes are given but no guidance term uses them")
         return self
@@ -258,7 +298,9 @@ class Evaluation(Strict):
     repeats: PositiveInt = Field(1, description="trainings per distilled set")
     resolution: PositiveInt = Field(224, description="side in pixels at which classifiers see images")
     resample: Literal["bilinear", "bicubic"] = Field("bilinear", description="how images are scaled to that resolution")
-    epochs: PositiveInt | dict[int, PositiveInt] | None = Field(None, description="one number, or one per IPC; default: the published rule")
+    epochs: PositiveInt | dict[int, PositiveInt] | None = Field(
+        None, description="one number, or one per IPC; default: the published rule"
+    )
     batch_size: PositiveInt | None = None
     learning_rate: PositiveFloat | None = None
     weight_decay: NonNegativeFloat | None = None
@@ -302,9 +344,13 @@ class RunConfig(Strict):
     backbone: Backbone
     encode: Encode = Encode()
     cluster: Cluster = Cluster()
-    sampler: Sampler = Field(Sampler(), description="default of every diffusion method; a method's own sampler keys win")
+    sampler: Sampler = Field(
+        Sampler(), description="default of every diffusion method; a method's own sampler keys win"
+    )
     methods: dict[Name, Method] = Field(description="the methods that a run can compare")
-    compare: Annotated[tuple[Name, ...], Field(min_length=1)] = Field(description="the methods that this run does compare")
+    compare: Annotated[tuple[Name, ...], Field(min_length=1)] = Field(
+        description="the methods that this run does compare"
+    )
     ipc: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0, 1, 2)
     evaluation: Evaluation
@@ -329,16 +375,24 @@ class RunConfig(Strict):
     def _consistent(self) -> RunConfig:
         for name in self.compare:
             if name not in self.methods:
-                raise ValueError(f"compare names the method {name!r}, which methods does not define: {_one_of(name, self.methods)}")
+                raise ValueError(
+                    f"compare names the method {name!r}, which methods does not define: {_one_of(name, self.methods)}"
+                )
         for what, values in (("compare", self.compare), ("ipc", self.ipc), ("seeds", self.seeds)):
             if len(set(values)) != len(values):
                 raise ValueError(f"{what} holds a value twice: {list(values)}")
         epochs = self.evaluation.epochs
         if isinstance(epochs, dict) and (unset := [ipc for ipc in self.ipc if ipc not in epochs]):
             raise ValueError(f"evaluation.epochs has no entry for IPC {unset}; it has {sorted(epochs)}")
-        trees = [n for n in self.compare if isinstance(getattr(self.methods[n], "prototypes", None), LeafPrototypes | MultiscalePrototypes)]
+        trees = [
+            n
+            for n in self.compare
+            if isinstance(getattr(self.methods[n], "prototypes", None), LeafPrototypes | MultiscalePrototypes)
+        ]
         if trees and max(self.ipc) > self.cluster.max_leaves:
-            raise ValueError(f"cluster.max_leaves is {self.cluster.max_leaves}, but IPC {max(self.ipc)} of {trees[0]} needs at least that many")
+            raise ValueError(
+                f"cluster.max_leaves is {self.cluster.max_leaves}, but {trees[0]} needs at least {max(self.ipc)} at that IPC"
+            )
         return self
 
     def compared(self) -> dict[str, CoresetMethod | DiffusionMethod]:
@@ -369,9 +423,9 @@ def resolve(document: Mapping[str, Any]) -> RunConfig:
         ConfigError: with one line per mistake, each naming the key, what it got and what is allowed.
     """
     runs = document.get("runs") or {}
-    name = document.get("run")
+    name = str(document.get("run"))
     if name not in runs:
-        raise ConfigError(f"run: there is no run named {name!r}; {_one_of(str(name), runs)}")
+        raise ConfigError(f"run: there is no run named {name!r}; {_one_of(name, runs)}")
     values: Any = {}
     for layer in (document.get("defaults") or {}, *_lineage(name, runs)):
         values = merge(values, {key: value for key, value in layer.items() if key != "extends"})
@@ -396,6 +450,11 @@ def load(path: Path, run: str | None = None, overrides: Iterable[str] = ()) -> R
             nested = {part: nested}
         document = merge(document, nested)
     return resolve(document)
+
+
+def run_names(path: Path) -> list[str]:
+    """Return the runs that a ``config.yaml`` names."""
+    return list(_read_yaml(path).get("runs") or {})
 
 
 def load_resolved(path: Path) -> RunConfig:
@@ -459,12 +518,23 @@ def _locate(loc: tuple[Any, ...], values: Any) -> tuple[str, type[BaseModel] | N
     node = values
     for part in loc:
         models = [m for m in _models(section) if m.__name__ == part or part in _tags(m)]
-        if isinstance(node, Mapping) and part not in node and models and part not in getattr(section, "model_fields", {}):
+        if (
+            isinstance(node, Mapping)
+            and part not in node
+            and models
+            and part not in getattr(section, "model_fields", {})
+        ):
             section = models[0]
             continue
         path.append(str(part))
         parent, section = section, _child(section, part)
-        node = node.get(part) if isinstance(node, Mapping) else node[part] if isinstance(node, list) and isinstance(part, int) else None
+        node = (
+            node.get(part)
+            if isinstance(node, Mapping)
+            else node[part]
+            if isinstance(node, list) and isinstance(part, int)
+            else None
+        )
     return ".".join(path), parent if isinstance(parent, type) else None
 
 

@@ -27,8 +27,17 @@ from workflow_scripts.evaluation.protocols import Recipe, hard_label_settings, p
 from workflow_scripts.store.digests import PREFIX, digest
 from workflow_scripts.store.results import Result, Store
 
-# Raised when the meaning of a stage's results changes; envs/recipes.lock.json keeps the code that each number stands for.
-RECIPES = {"fit_backbone": 1, "encode": 1, "cluster": 1, "invert": 1, "sample": 1, "export": 1, "evaluate": 1, "report": 1}
+# Raised when the meaning of a stage's results changes; recipes.lock.json keeps a hash of the code each number stands for.
+RECIPES = {
+    "fit_backbone": 1,
+    "encode": 1,
+    "cluster": 1,
+    "invert": 1,
+    "sample": 1,
+    "export": 1,
+    "evaluate": 1,
+    "report": 1,
+}
 PROTOCOLS = {"hard-sgd": partial(hard_label_settings, "sgd"), "hard-adamw": partial(hard_label_settings, "adamw")}
 CLASS_STAGES = ("encode", "cluster", "invert", "sample")
 
@@ -106,7 +115,12 @@ class Recipes:
             return open_checkpoint(Path(self.config.backbone.path), cache)
         identity = self.fit_digest
         path = self.config.results / "store" / "backbones" / identity[:PREFIX]
-        return Checkpoint(path, digest([identity, "vae"]), digest([identity, "transformer"]), {c: i for i, c in enumerate(self.classes)})
+        return Checkpoint(
+            path,
+            digest([identity, "vae"]),
+            digest([identity, "transformer"]),
+            {c: i for i, c in enumerate(self.classes)},
+        )
 
     @cached_property
     def fit_digest(self) -> str:
@@ -143,7 +157,9 @@ class Recipes:
             return None
         latents = self.latents(class_name).digest
         if isinstance(prototypes, KMeansPrototypes):
-            return self._result("cluster", class_name, latents=latents, kmeans=prototypes.model_dump(mode="json"), k=ipc)
+            return self._result(
+                "cluster", class_name, latents=latents, kmeans=prototypes.model_dump(mode="json"), k=ipc
+            )
         return self._result("cluster", class_name, latents=latents, tree=self.config.cluster.model_dump(mode="json"))
 
     def gaussian(self, class_name: str, method: str) -> Result | None:
@@ -189,7 +205,10 @@ class Recipes:
             inputs |= {"latents": self.latents(class_name).digest}
         else:
             inputs |= {"label": self.backbone.label_of(class_name), "denoiser": self.backbone.denoiser}
-            modes, gaussian = self.modes(class_name, wanted.method, wanted.ipc), self.gaussian(class_name, wanted.method)
+            modes, gaussian = (
+                self.modes(class_name, wanted.method, wanted.ipc),
+                self.gaussian(class_name, wanted.method),
+            )
             inputs |= {"modes": modes.digest} if modes else {}
             inputs |= {"gaussian": gaussian.digest} if gaussian else {}
         return self._result("sample", class_name, **inputs)
@@ -348,10 +367,18 @@ class Recipes:
             return self.fit_digest, 1, []
         if stage == "export":
             sets = self.sets(shard)
-            return [self.set_directory(wanted).name for wanted in sets], len(sets), [("sample", f"{shard}-{n}") for n in self.shards]
+            return (
+                [self.set_directory(wanted).name for wanted in sets],
+                len(sets),
+                [("sample", f"{shard}-{n}") for n in self.shards],
+            )
         if stage == "evaluate":
             trainings = self.trainings_of(shard)
-            return [self.training_recipe(training) for training in trainings], len(trainings), [("export", trainings[0].set.method)]
+            return (
+                [self.training_recipe(training) for training in trainings],
+                len(trainings),
+                [("export", trainings[0].set.method)],
+            )
         cells = [(method, ipc) for method in self.config.compare for ipc in self.config.ipc]
         recipes = [digest(self.training_recipe(training)) for cell in cells for training in self.trainings(*cell)]
         content = {"recipe": RECIPES["report"], "config": self.config.model_dump(mode="json"), "trainings": recipes}
@@ -386,7 +413,9 @@ class Recipes:
         for name in self.classes:
             self.backbone.label_of(name)
             self.catalog.entries(name, "test")
-        choosy = [n for n, m in self.config.compared().items() if isinstance(m, CoresetMethod) or m.prototypes is not None]
+        choosy = [
+            n for n, m in self.config.compared().items() if isinstance(m, CoresetMethod) or m.prototypes is not None
+        ]
         most = max(self.config.ipc)
         for name in self.classes if choosy else []:
             if (count := len(self.catalog.entries(name, "train"))) < most:

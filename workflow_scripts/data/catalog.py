@@ -26,7 +26,10 @@ class Catalog:
         known = self.source.classes()
         self.classes = list(dataset.classes) if dataset.classes is not None else known
         if missing := sorted(set(self.classes) - set(known)):
-            raise DataError(f"dataset.classes: no images for {', '.join(missing[:5])} in {dataset.root or dataset.source}; there is {', '.join(known[:10])}")
+            raise DataError(
+                f"dataset.classes: no images for {', '.join(missing[:5])} in {dataset.root or dataset.source}; "
+                f"there is {', '.join(known[:10])}"
+            )
         if len(set(self.classes)) != len(self.classes):
             raise DataError("dataset.classes: names a class twice")
         self.entries = lru_cache(maxsize=None)(self._entries)
@@ -35,7 +38,9 @@ class Catalog:
     def _entries(self, class_name: str, split: Split) -> list[ImageEntry]:
         entries = self.source.entries(class_name, split)
         if not entries:
-            raise DataError(f"class {class_name}: has no {split} image. Add images to its folder, or leave it out with dataset.classes.")
+            raise DataError(
+                f"class {class_name}: has no {split} image. Add images to its folder, or leave it out with dataset.classes."
+            )
         if self.dataset.on_bad_image == "fail" and (empty := [entry.path for entry in entries if entry.size == 0]):
             raise DataError(
                 f"{empty[0]} (class {class_name}): zero bytes{f', and {len(empty) - 1} more like it' if empty[1:] else ''}. "

@@ -77,7 +77,9 @@ class ImageFolder:
         self._roots: dict[Split, Path] = {"train": root, "test": test_root}
         for key, path in (("root", root), ("test_root", test_root)):
             if not path.is_dir():
-                raise DataError(f"dataset.{key}: {path} is not a folder. Give the folder that holds one folder of images per class.")
+                raise DataError(
+                    f"dataset.{key}: {path} is not a folder. Give the folder that holds one folder of images per class."
+                )
 
     def classes(self) -> list[str]:
         """Return the names of the class folders, sorted."""
@@ -93,9 +95,13 @@ class ImageFolder:
         folder = self._roots[split] / class_name
         try:
             with os.scandir(folder) as found:
-                files = [entry for entry in found if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]
+                files = [
+                    entry for entry in found if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and entry.is_file()
+                ]
         except OSError as error:
-            raise DataError(f"class {class_name}: {folder} cannot be listed ({error.strerror}). Each class needs this folder.") from None
+            raise DataError(
+                f"class {class_name}: {folder} cannot be listed ({error.strerror}). Each class needs this folder."
+            ) from None
         entries = []
         for file in sorted(files, key=lambda file: file.name):
             stat = file.stat()

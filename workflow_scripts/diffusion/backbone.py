@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ class Denoiser:
         latent_shape: (c, h, w).
     """
 
-    model: torch.nn.Module
+    model: Any
     abar: np.ndarray
     null_label: int
     latent_shape: tuple[int, int, int]
@@ -67,7 +68,9 @@ class Denoiser:
         model = _load(DiTTransformer2DModel, path / "transformer", dtype)
         schedule = DDIMScheduler.from_pretrained(path / "scheduler", local_files_only=True)
         if schedule.config.prediction_type != "epsilon":
-            raise BackboneError(f"{path / 'scheduler'}: predicts {schedule.config.prediction_type}; only epsilon prediction is supported")
+            raise BackboneError(
+                f"{path / 'scheduler'}: predicts {schedule.config.prediction_type}; only epsilon prediction is supported"
+            )
         config = model.config
         shape = (config.in_channels, config.sample_size, config.sample_size)
         model = model.to(device).eval().requires_grad_(False)
@@ -110,8 +113,8 @@ def to_unit(pixels: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _load(kind: type, path: Path, dtype: torch.dtype) -> torch.nn.Module:
+def _load(kind: Any, path: Path, dtype: torch.dtype) -> Any:
     try:
-        return kind.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, local_files_only=True)  # type: ignore[attr-defined]
+        return kind.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise BackboneError(f"{path}: cannot be loaded as {kind.__name__} ({error})") from error

@@ -36,8 +36,9 @@ class Checkpoint:
             return self.labels[class_name]
         except KeyError:
             raise BackboneError(
-                f"class {class_name}: the backbone {self.path} was not trained on it; it knows {', '.join(list(self.labels)[:10])}"
-                f"{', ...' if len(self.labels) > 10 else ''} ({self.path / LABELS}). Choose classes with dataset.classes, or fit a backbone."
+                f"class {class_name}: backbone {self.path} was not trained on it, but on {', '.join(list(self.labels)[:10])}"
+                f"{', ...' if len(self.labels) > 10 else ''} ({self.path / LABELS}). "
+                "Choose classes with dataset.classes, or fit a backbone."
             ) from None
 
 
@@ -50,11 +51,14 @@ def open_checkpoint(path: Path, cache: Path) -> Checkpoint:
     for name in (*CONFIGS, *WEIGHTS, LABELS):
         if not (path / name).is_file():
             raise BackboneError(
-                f"backbone.path: {path / name} is missing. A backbone is a directory in diffusers format with transformer/, vae/, "
-                f"scheduler/ (weights as safetensors) and {LABELS}, the class names in label order."
+                f"backbone.path: {path / name} is missing. A backbone is a directory in diffusers format with "
+                f"transformer/, vae/, scheduler/ (weights as safetensors) and {LABELS}, the class names in label order."
             )
     files = {name: file_digest(path / name, cache) for name in (*CONFIGS, *WEIGHTS)}
-    parts = {part: digest({n: d for n, d in files.items() if n.startswith(part)}) for part in ("transformer", "vae", "scheduler")}
+    parts = {
+        part: digest({n: d for n, d in files.items() if n.startswith(part)})
+        for part in ("transformer", "vae", "scheduler")
+    }
     return Checkpoint(path, parts["vae"], digest([parts["transformer"], parts["scheduler"]]), read_labels(path))
 
 

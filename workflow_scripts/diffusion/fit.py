@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from workflow_scripts.store.files import write_atomically
 TIMESTEPS = 1000
 
 
-def fit_backbone(pixels: np.ndarray, labels: np.ndarray, classes: list[str], fit: Fit, device: torch.device, work: Path, into: Path) -> None:
+def fit_backbone(
+    pixels: np.ndarray, labels: np.ndarray, classes: list[str], fit: Fit, device: torch.device, work: Path, into: Path
+) -> None:
     """Train a backbone and save it in diffusers format.
 
     Args:
@@ -41,10 +43,23 @@ def fit_backbone(pixels: np.ndarray, labels: np.ndarray, classes: list[str], fit
     """
     vae = fit_vae(pixels, fit, device, work / "vae.safetensors")
     mean, logvar = _encode(vae, pixels, device)
-    scale = 1 / float((mean + torch.exp(logvar / 2) * torch.randn(mean.shape, generator=_generator(fit.seed, -1))).std())
+    scale = 1 / float(
+        (mean + torch.exp(logvar / 2) * torch.randn(mean.shape, generator=_generator(fit.seed, -1))).std()
+    )
     vae.register_to_config(scaling_factor=scale)
-    schedule = DDIMScheduler(num_train_timesteps=TIMESTEPS, beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False)
-    transformer = fit_dit(mean * scale, logvar + 2 * math.log(scale), torch.from_numpy(labels), len(classes), schedule, fit, device, work / "transformer.safetensors")
+    schedule = DDIMScheduler(
+        num_train_timesteps=TIMESTEPS, beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False
+    )
+    transformer = fit_dit(
+        mean * scale,
+        logvar + 2 * math.log(scale),
+        torch.from_numpy(labels),
+        len(classes),
+        schedule,
+        fit,
+        device,
+        work / "transformer.safetensors",
+    )
     into.mkdir(parents=True, exist_ok=True)
     transformer.half().save_pretrained(into / "transformer", safe_serialization=True)
     vae.half().save_pretrained(into / "vae", safe_serialization=True)
@@ -66,7 +81,7 @@ def build_vae(config: FitVAE, resolution: int) -> AutoencoderKL:
     )
 
 
-def build_dit(config: FitDiT, latent_shape: tuple[int, int, int], classes: int) -> DiTTransformer2DModel:
+def build_dit(config: FitDiT, latent_shape: Sequence[int], classes: int) -> DiTTransformer2DModel:
     """Return an untrained DiT with adaLN-zero initialisation (DiT, section 3.2)."""
     channels, side, _ = latent_shape
     model = DiTTransformer2DModel(
@@ -130,7 +145,7 @@ def fit_dit(
     config = fit.dit
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fit.seed + 1)
-        model = build_dit(config, tuple(mean.shape[1:]), classes).to(device)
+        model = build_dit(config, mean.shape[1:], classes).to(device)
     # The model stays in eval mode: its own label dropout would draw from the global generator.
     model.eval()
     process = Process(schedule.alphas_cumprod.double().numpy(), device)
@@ -144,7 +159,18 @@ def fit_dit(
         label = torch.where(dropped, classes, labels[index])
         return process.hybrid_loss(model, x0.to(device), noise.to(device), time.to(device), label.to(device))
 
-    _train(model, loss, fit, config.steps, config.learning_rate, config.warmup, config.weight_decay, config.ema, checkpoint, "denoiser")
+    _train(
+        model,
+        loss,
+        fit,
+        config.steps,
+        config.learning_rate,
+        config.warmup,
+        config.weight_decay,
+        config.ema,
+        checkpoint,
+        "denoiser",
+    )
     return model
 
 
@@ -161,8 +187,10 @@ class Process:
         self.c0, self.ct = constant(grid.posterior_x0), constant(grid.posterior_xt)
         self.log_beta, self.log_posterior = constant(np.log(grid.betas)), constant(grid.posterior_log_variance)
 
-    def hybrid_loss(self, model: nn.Module, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """Return L_simple + L_vlb, where L_vlb (per thousand steps) reaches the variance channels only (Improved DDPM, eq. 15-16)."""
+    def hybrid_loss(
+        self, model: nn.Module, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor, label: torch.Tensor
+    ) -> torch.Tensor:
+        """Return L_simple + L_vlb; L_vlb, per thousand steps, reaches the variance channels only (Improved DDPM, eq. 15-16)."""
         signal, sigma = self.signal[time], self.sigma[time]
         x = signal * x0 + sigma * noise
         eps, raw = model(x, time, label).sample.chunk(2, dim=1)
@@ -171,7 +199,12 @@ class Process:
         share = (raw + 1) / 2
         log_variance = share * self.log_beta[time] + (1 - share) * self.log_posterior[time]
         gap = (true_mean - mean).square()
-        kl = 0.5 * (log_variance - self.log_posterior[time] - 1 + (torch.exp(self.log_posterior[time]) + gap) * torch.exp(-log_variance))
+        kl = 0.5 * (
+            log_variance
+            - self.log_posterior[time]
+            - 1
+            + (torch.exp(self.log_posterior[time]) + gap) * torch.exp(-log_variance)
+        )
         return F.mse_loss(eps, noise) + kl.mean() / math.log(2) * len(self.signal) / 1000
 
 
@@ -216,7 +249,9 @@ def _train(
     model.load_state_dict(average)
 
 
-def _save(path: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, torch.Tensor]) -> None:
+def _save(
+    path: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, torch.Tensor]
+) -> None:
     tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
     tensors |= {f"average.{key}": value for key, value in average.items()}
     for index, state in optimizer.state_dict()["state"].items():

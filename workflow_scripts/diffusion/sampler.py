@@ -85,7 +85,9 @@ def sample(
         x0 = (x - (1 - abar) ** 0.5 * eps) / abar**0.5
         sigma = _sigma(grid, index, raw, settings, x0)
         active = [term for term in terms if index > term.stop]
-        force = sum((term(Step(index, abar, x, x0, sigma), rows) for term in active), torch.zeros(())) if active else None
+        force = (
+            sum((term(Step(index, abar, x, x0, sigma), rows) for term in active), torch.zeros(())) if active else None
+        )
         if settings.kind == "ddpm":
             x = float(grid.posterior_x0[index]) * x0 + float(grid.posterior_xt[index]) * x
             if force is not None:

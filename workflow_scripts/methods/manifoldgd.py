@@ -50,7 +50,12 @@ def project(basis: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
 
 
 def tangent_spaces(
-    prototypes: torch.Tensor, sizes: torch.Tensor, latents: torch.Tensor, neighbours: int, variance: float, dimension: int | None
+    prototypes: torch.Tensor,
+    sizes: torch.Tensor,
+    latents: torch.Tensor,
+    neighbours: int,
+    variance: float,
+    dimension: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fit a plane to the real latents nearest to each prototype, by the Gram matrix of the centred neighbours.
 

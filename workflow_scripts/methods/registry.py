@@ -90,7 +90,9 @@ def prototypes_of(method: DiffusionMethod, inputs: ClassInputs, ipc: int) -> Mod
             return tree.leaves(ipc)
         return tree.multiscale(ipc, method.prototypes.start_depth)
     except ValueError as error:
-        raise DataError(f"class {inputs.name}: {error}. Add distinct images, raise cluster.max_leaves, or lower ipc.") from None
+        raise DataError(
+            f"class {inputs.name}: {error}. Add distinct images, raise cluster.max_leaves, or lower ipc."
+        ) from None
 
 
 def prepare_rows(
@@ -113,7 +115,9 @@ def prepare_rows(
             if term.neighbourhood == "class":
                 sizes = torch.full_like(sizes, len(latents))
             means = torch.from_numpy(modes.means).to(device)
-            basis, centre = tangent_spaces(means, sizes, latents, term.neighbours, term.tangent_variance, term.tangent_dim)
+            basis, centre = tangent_spaces(
+                means, sizes, latents, term.neighbours, term.tangent_variance, term.tangent_dim
+            )
             rows["basis"] = torch.nn.functional.pad(basis, (0, term.neighbours - basis.shape[2]))
             rows["centre"] = centre.view(ipc, *inputs.shape)
         elif isinstance(term, ReleasedManifoldTerm):

@@ -18,9 +18,13 @@ from workflow_scripts.store.files import write_atomically
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options by which every program chooses its configuration."""
-    parser.add_argument("--config", type=Path, default=Path("config.yaml"), help="configuration file (default: config.yaml)")
+    parser.add_argument(
+        "--config", type=Path, default=Path("config.yaml"), help="configuration file (default: config.yaml)"
+    )
     parser.add_argument("--run", help="named run of the configuration file (default: the one it names)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. compute.sample_batch=64")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. compute.sample_batch=64"
+    )
     parser.add_argument("--resolved", type=Path, help="a complete configuration as JSON, in place of the three above")
 
 
@@ -48,8 +52,12 @@ def stage_main(stage: str, doc: str | None, work: Callable[[Recipes, str], Mappi
     parser = argparse.ArgumentParser(prog=f"python -m workflow_scripts.stages.{stage}", description=doc)
     add_config_arguments(parser)
     parser.add_argument("--shard", required=True, help=f"which job: {shards}")
-    parser.add_argument("--log", type=Path, help="file for progress and warnings; a failure is still told on standard error")
-    parser.add_argument("--manifest", type=Path, help="where the caller expects the manifest; refused if that is not what would be made")
+    parser.add_argument(
+        "--log", type=Path, help="file for progress and warnings; a failure is still told on standard error"
+    )
+    parser.add_argument(
+        "--manifest", type=Path, help="where the caller expects the manifest; refused if that is not what would be made"
+    )
     arguments = parser.parse_args()
     terminal = _log_to(arguments.log) if arguments.log else sys.stderr
     try:

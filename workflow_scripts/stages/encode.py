@@ -31,7 +31,9 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     return run_shard(recipes, "encode", shard, compute, str(device))
 
 
-def encode_class(recipes: Recipes, autoencoder: Autoencoder, class_name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def encode_class(
+    recipes: Recipes, autoencoder: Autoencoder, class_name: str
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the arrays and record of one class: mean and logvar (n, c, h, w) fp16, and which images they belong to.
 
     With ``encode.flip: both`` the mirror images follow the images, in the same order.
@@ -59,10 +61,14 @@ def encode_class(recipes: Recipes, autoencoder: Autoencoder, class_name: str) ->
             logvars.append(logvar.cpu().numpy())
             keys += [entry.key for entry in kept]
     if not keys:
-        raise DataError(f"class {class_name}: none of its {len(entries)} images can be read (first: {skipped[0].path}). Replace them.")
+        raise DataError(
+            f"class {class_name}: none of its {len(entries)} images can be read (first: {skipped[0].path}). Replace them."
+        )
     arrays = {"mean": np.concatenate(means).astype(np.float16), "logvar": np.concatenate(logvars).astype(np.float16)}
     if not all(np.isfinite(array).all() for array in arrays.values()):
-        raise DataError(f"class {class_name}: the autoencoder gave values beyond half precision. Is {recipes.backbone.path / 'vae'} right?")
+        raise DataError(
+            f"class {class_name}: the autoencoder gave values beyond half precision. Is {recipes.backbone.path / 'vae'} right?"
+        )
     return arrays, {"images": keys, "skipped": [{"path": bad.path, "reason": bad.reason} for bad in skipped]}
 
 

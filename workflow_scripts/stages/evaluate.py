@@ -62,12 +62,19 @@ def load_set(recipes: Recipes, wanted: SampleSet) -> Labelled:
     try:
         card = json.loads((folder / CARD).read_text())
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder / CARD}: cannot be read ({error}). Run `stillhouse verify`, then the same command again.") from None
+        raise DataError(
+            f"{folder / CARD}: cannot be read ({error}). Run `stillhouse verify`, then the same command again."
+        ) from None
     if card["digest"] != recipes.set_digest(wanted) or card["classes"] != recipes.classes:
-        raise DataError(f"{folder}: holds another set or another class order than this run's. Delete the folder and run again.")
+        raise DataError(
+            f"{folder}: holds another set or another class order than this run's. Delete the folder and run again."
+        )
     images, labels = _read(recipes, ImageFolder(folder, folder), "train", skip_bad=False)
     if len(images) != wanted.ipc * len(recipes.classes):
-        raise DataError(f"{folder}: holds {len(images)} images, not {wanted.ipc} for each of {len(recipes.classes)} classes. Delete it and run again.")
+        raise DataError(
+            f"{folder}: holds {len(images)} images, not {wanted.ipc} for each of {len(recipes.classes)} classes. "
+            "Delete the folder and run again."
+        )
     return images, labels
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -28,7 +29,12 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     missing = [wanted for wanted in sets if not (recipes.set_directory(wanted) / CARD).exists()]
     for wanted in progress(missing, len(missing), f"export {shard}") if missing else ():
         export_set(recipes, wanted)
-    return {"sets": [{"ipc": s.ipc, "seed": s.seed, "folder": str(recipes.set_directory(s)), "digest": recipes.set_digest(s)} for s in sets]}
+    return {
+        "sets": [
+            {"ipc": s.ipc, "seed": s.seed, "folder": str(recipes.set_directory(s)), "digest": recipes.set_digest(s)}
+            for s in sets
+        ]
+    }
 
 
 def export_set(recipes: Recipes, wanted: SampleSet) -> None:
@@ -50,11 +56,21 @@ def export_set(recipes: Recipes, wanted: SampleSet) -> None:
                 folder = temporary / name
                 folder.mkdir(parents=True)
                 list(pool.map(_write_png, images, [folder / f"{index:04d}.png" for index in range(len(images))]))
+            card["checksums"] = {name: class_checksum(temporary / name) for name in recipes.classes}
             (temporary / CARD).write_text(json.dumps(card, indent=1))
             _replace(temporary, final)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def class_checksum(folder: Path) -> str:
+    """Return the SHA-256 over the names and bytes of a class's images."""
+    sha256 = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        sha256.update(path.name.encode())
+        sha256.update(path.read_bytes())
+    return sha256.hexdigest()
 
 
 def _write_png(pixels: np.ndarray, path: Path) -> None:

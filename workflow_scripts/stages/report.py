@@ -79,11 +79,16 @@ def gather(recipes: Recipes) -> ReportData:
             key: display_name(a.name, resolution=settings.resolution, width=a.width) for key, a in keys.items()
         },
         scores=tuple(_score(recipes, training, record) for training, record in zip(trainings, records, strict=True)),
-        protocols={settings.protocol: {f.name: getattr(example, f.name) for f in fields(example) if f.name not in _VARYING}
-                   | {"epochs": {ipc: recipes.epochs(ipc) for ipc in config.ipc}}},
+        protocols={
+            settings.protocol: {f.name: getattr(example, f.name) for f in fields(example) if f.name not in _VARYING}
+            | {"epochs": {ipc: recipes.epochs(ipc) for ipc in config.ipc}}
+        },
         stage_times=_stage_times(recipes, records),
         sheets=tuple(_sheet(recipes, method, ipc) for method in config.compare for ipc in config.ipc),
-        maps=tuple(_map(recipes, name, max(i for i in config.ipc if i <= max(10, min(config.ipc)))) for name in recipes.classes[: config.report.map_classes]),
+        maps=tuple(
+            _map(recipes, name, max(i for i in config.ipc if i <= max(10, min(config.ipc))))
+            for name in recipes.classes[: config.report.map_classes]
+        ),
         skipped_images=tuple(
             SkippedImage(result.class_name, bad["path"], bad["reason"])
             for result in results.values()
@@ -134,7 +139,8 @@ def _stage_times(recipes: Recipes, trainings: list[dict[str, Any]]) -> tuple[Sta
     seconds["evaluate"] = [training["seconds"] for training in trainings]
     devices["evaluate"] = trainings[0]["device"]
     return tuple(
-        StageTime(stage, len(times), sum(times), sum(times) / len(times), devices[stage]) for stage, times in seconds.items()
+        StageTime(stage, len(times), sum(times), sum(times) / len(times), devices[stage])
+        for stage, times in seconds.items()
     )
 
 
@@ -181,7 +187,9 @@ def _map(recipes: Recipes, name: str, ipc: int) -> LatentMap:
 
     prototypes, synthetic = {}, {}
     for key, method in config.compared().items():
-        synthetic[key] = project(recipes.store.read(recipes.samples(name, SampleSet(key, ipc, config.seeds[0])), "latents").arrays["latents"])
+        synthetic[key] = project(
+            recipes.store.read(recipes.samples(name, SampleSet(key, ipc, config.seeds[0])), "latents").arrays["latents"]
+        )
         modes = recipes.modes(name, key, ipc)
         if modes is not None and isinstance(method, DiffusionMethod):
             found = prototypes_of(method, ClassInputs(name, shape, modes=recipes.store.read(modes).arrays), ipc)

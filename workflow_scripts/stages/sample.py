@@ -35,7 +35,9 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     name = shard.rpartition("-")[0]
     method = config.methods[name]
     if isinstance(method, CoresetMethod):
-        return run_shard(recipes, "sample", shard, lambda missing: (choose_real(recipes, method, result) for result in missing))
+        return run_shard(
+            recipes, "sample", shard, lambda missing: (choose_real(recipes, method, result) for result in missing)
+        )
     quiet_libraries()
     device = pick_device(config.compute.device)
     return run_shard(recipes, "sample", shard, lambda missing: synthesise(recipes, name, missing, device), str(device))
@@ -78,9 +80,13 @@ def synthesise(recipes: Recipes, name: str, missing: list[Result], device: torch
         return prepare_rows(method, inputs, result.recipe["ipc"], result.recipe["seed"], device)
 
     fixed = device.type == "cuda" or config.compute.compile
-    for result, latents in sample_results(denoiser, method, missing, prepare, config.compute.sample_batch, fixed_shape=fixed):
+    for result, latents in sample_results(
+        denoiser, method, missing, prepare, config.compute.sample_batch, fixed_shape=fixed
+    ):
         if not torch.isfinite(latents).all():
-            raise DataError(f"class {result.class_name}: {name} diverged to non-finite latents. Lower its guidance scale or cfg_scale.")
+            raise DataError(
+                f"class {result.class_name}: {name} diverged to non-finite latents. Lower its guidance scale or cfg_scale."
+            )
         images = np.concatenate([autoencoder.decode(part) for part in latents.split(config.compute.encode_batch)])
         yield result, {"images": images, "latents": latents.cpu().numpy()}, {}
 
@@ -101,7 +107,13 @@ def class_inputs(recipes: Recipes, name: str, result: Result, shape: tuple[int, 
 
 
 def sample_results(
-    denoiser: Denoiser, method: DiffusionMethod, results: list[Result], prepare: Prepare, batch: int, *, fixed_shape: bool
+    denoiser: Denoiser,
+    method: DiffusionMethod,
+    results: list[Result],
+    prepare: Prepare,
+    batch: int,
+    *,
+    fixed_shape: bool,
 ) -> Iterator[tuple[Result, torch.Tensor]]:
     """Sample the rows of many results in batches that may span several of them.
 

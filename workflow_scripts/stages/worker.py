@@ -40,11 +40,17 @@ def run_shard(
     missing = [result for result in results if not recipes.store.exists(result)]
     if missing:
         _compute(recipes, f"{stage} {shard}", missing, compute, device)
-    return {"results": [{"class": result.class_name, "place": result.place, "digest": result.digest} for result in results]}
+    return {
+        "results": [{"class": result.class_name, "place": result.place, "digest": result.digest} for result in results]
+    }
 
 
 def _compute(
-    recipes: Recipes, name: str, missing: list[Result], compute: Callable[[list[Result]], Iterable[Computed]], device: str
+    recipes: Recipes,
+    name: str,
+    missing: list[Result],
+    compute: Callable[[list[Result]], Iterable[Computed]],
+    device: str,
 ) -> None:
     info = environment(device)
     began = time.monotonic()
@@ -71,7 +77,15 @@ def pick_device(wanted: str) -> torch.device:
 def progress(items: Iterable[Any], total: int, name: str) -> Iterator[Any]:
     """Show progress: a bar on a terminal, a line a minute in a log."""
     terminal = sys.stderr.isatty()
-    yield from tqdm(items, total=total, desc=name, unit="result", mininterval=0.2 if terminal else 60, maxinterval=60, ascii=not terminal)
+    yield from tqdm(
+        items,
+        total=total,
+        desc=name,
+        unit="result",
+        mininterval=0.2 if terminal else 60,
+        maxinterval=60,
+        ascii=not terminal,
+    )
 
 
 def quiet_libraries() -> None:

@@ -53,6 +53,6 @@ def explain_full_disk(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise StoreError(
                 f"{path}: cannot be written ({error.strerror}). Nothing already stored is harmed: free some space "
-                "(`stillhouse gc` lists results that no run needs) or point `results` elsewhere, then run the same command again."
+                "(`stillhouse gc` lists what no run needs) or point `results` elsewhere, then run the same command again."
             ) from error
         raise

@@ -107,7 +107,9 @@ class Store:
                         chunk_key_encoding={"name": "default", "separator": "."},
                         config={"write_empty_chunks": True},
                     )
-                (temporary / RECORD).write_text(json.dumps({"zarr_format": 3, "node_type": "group", "attributes": record}))
+                (temporary / RECORD).write_text(
+                    json.dumps({"zarr_format": 3, "node_type": "group", "attributes": record})
+                )
                 _sync_tree(temporary)
                 try:
                     temporary.rename(final)
@@ -134,10 +136,14 @@ class Store:
             wanted = names or tuple(record["checksums"])
             arrays = {name: np.asarray(zarr.open_array(str(path / name), mode="r")[...]) for name in wanted}
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise StoreError(f"{path}: {result.stage} of class {result.class_name} cannot be read ({error!r}). {_REMEDY}") from error
+            raise StoreError(
+                f"{path}: {result.stage} of class {result.class_name} cannot be read ({error!r}). {_REMEDY}"
+            ) from error
         for name, array in arrays.items():
             if checksum(array) != record["checksums"][name]:
-                raise StoreError(f"{path}/{name}: {result.stage} of class {result.class_name} does not match its checksum. {_REMEDY}")
+                raise StoreError(
+                    f"{path}/{name}: {result.stage} of class {result.class_name} does not match its checksum. {_REMEDY}"
+                )
         return Stored(arrays, record)
 
     def record(self, result: Result) -> dict[str, Any]:
@@ -158,7 +164,7 @@ _REMEDY = "Run `stillhouse verify`, which sets damaged results aside, then run t
 def checksum(array: np.ndarray) -> str:
     """Return the SHA-256 of an array's type, shape and bytes."""
     sha256 = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
-    sha256.update(np.ascontiguousarray(array))
+    sha256.update(np.ascontiguousarray(array).data)
     return sha256.hexdigest()
 
 

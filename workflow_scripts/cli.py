@@ -1,0 +1,131 @@
+"""The console command ``stillhouse``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from importlib.metadata import version
+
+from workflow_scripts.config import load, run_names
+from workflow_scripts.errors import StillhouseError
+from workflow_scripts.recipes import Recipes
+from workflow_scripts.stages.common import add_config_arguments, read_config
+
+
+def main() -> None:
+    """Run a subcommand; an error that a user can mend is one message and exit status 1."""
+    arguments = _parser().parse_args()
+    try:
+        sys.exit(arguments.command(arguments))
+    except StillhouseError as error:
+        print(f"stillhouse: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stillhouse", description="Distil image datasets with latent diffusion models."
+    )
+    parser.add_argument("--version", action="version", version=version("stillhouse"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    plan = commands.add_parser("plan", help="what of a run is valid, what is missing, and why")
+    plan.add_argument("--verbose", action="store_true", help="name every missing result")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(command=_plan)
+
+    status = commands.add_parser("status", help="how far a run is")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.set_defaults(command=_status)
+
+    verify = commands.add_parser(
+        "verify", help="re-read what a run has stored; set damaged results aside, to be made again"
+    )
+    verify.set_defaults(command=_verify)
+
+    collect = commands.add_parser("gc", help="list what no configured run refers to")
+    collect.add_argument("--delete", action="store_true", help="remove it")
+    collect.add_argument(
+        "--keep",
+        action="append",
+        metavar="RUN",
+        help="runs whose results to keep (default: all of the configuration file)",
+    )
+    collect.set_defaults(command=_gc)
+
+    lock = commands.add_parser(
+        "lock-recipes", help="for developers: acknowledge the code that each stage's recipe number stands for"
+    )
+    lock.set_defaults(command=_lock_recipes)
+
+    for command in (plan, status, verify, collect):
+        add_config_arguments(command)
+    return parser
+
+
+def _recipes(arguments: argparse.Namespace) -> Recipes:
+    recipes = Recipes(read_config(arguments))
+    recipes.check()
+    return recipes
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from workflow_scripts.operations.show import plan
+
+    plan(_recipes(arguments), verbose=arguments.verbose, as_json=arguments.json)
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from workflow_scripts.operations.show import status
+
+    status(_recipes(arguments), as_json=arguments.json)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from workflow_scripts.operations.verify import verify
+
+    found = verify(_recipes(arguments))
+    print("\n".join(found) if found else "Everything that is there is whole.")
+    return 1 if found else 0
+
+
+def _gc(arguments: argparse.Namespace) -> int:
+    from workflow_scripts.operations.gc import delete, garbage, size
+
+    results = read_config(arguments).results
+    runs = []
+    for name in arguments.keep or run_names(arguments.config):
+        try:
+            config = load(arguments.config, name, arguments.set)
+            if config.results.resolve() == results.resolve():
+                runs.append(Recipes(config))
+                runs[-1].jobs()
+        except StillhouseError as error:
+            raise StillhouseError(
+                f"run {name} cannot be planned, so what it needs is not known ({error}). "
+                "Name the runs to keep: --keep RUN --keep RUN."
+            ) from error
+    found = garbage(results, runs)
+    kinds = Counter(path.relative_to(results).parts[:2] for path in found)
+    for kind, count in sorted(kinds.items()):
+        total = sum(size(path) for path in found if path.relative_to(results).parts[:2] == kind)
+        print(f"{'/'.join(kind):40} {count:8} items {total / 1e6:12.1f} MB")
+    if arguments.delete:
+        delete(found)
+    print(
+        f"{len(found)} items {'deleted' if arguments.delete else 'that no run refers to; --delete removes them'}."
+        if found
+        else "Nothing to collect."
+    )
+    return 0
+
+
+def _lock_recipes(arguments: argparse.Namespace) -> int:
+    from workflow_scripts.operations.recipe_lock import LOCK, write
+
+    write()
+    print(f"Wrote {LOCK.name}.")
+    return 0

@@ -1,0 +1,72 @@
+"""``stillhouse gc``: what the results directory holds that no configured run refers to."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from workflow_scripts.operations.verify import QUARANTINE
+from workflow_scripts.recipes import CLASS_STAGES, Recipes
+from workflow_scripts.stages.publish import report_folder
+from workflow_scripts.store.files import TEMPORARY
+
+LEFTOVER_AGE = 24 * 3600
+
+
+def referenced(recipes: Recipes) -> Iterator[Path]:
+    """Yield every path below the results directory that a run needs."""
+    results = recipes.config.results
+    for job in recipes.jobs():
+        yield results / job.manifest
+        if job.stage in CLASS_STAGES:
+            yield from map(recipes.store.path, recipes.stage_results(job.stage, job.shard))
+        elif job.stage == "export":
+            yield from map(recipes.set_directory, recipes.sets(job.shard))
+        elif job.stage == "evaluate":
+            yield from map(recipes.training_path, recipes.trainings_of(job.shard))
+        elif job.stage == "report":
+            yield report_folder(recipes.config, job)
+        else:
+            yield recipes.backbone.path
+            yield recipes.backbone.path.with_name(f"{recipes.backbone.path.name}.checkpoints")
+
+
+def garbage(results: Path, runs: Iterable[Recipes]) -> list[Path]:
+    """Return what no run refers to: results, sets, scores, manifests, reports, set-aside results and old leftovers.
+
+    Work in progress of an interrupted or running job counts only when it has not been touched for a day.
+    """
+    needed = {path.resolve() for recipes in runs for path in referenced(recipes)}
+    return [path for path in _collectable(results) if path.resolve() not in needed and _settled(path)]
+
+
+def delete(paths: Iterable[Path]) -> None:
+    """Remove files and directories."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def size(path: Path) -> int:
+    """Return the bytes below a path."""
+    if not path.is_dir():
+        return path.lstat().st_size
+    return sum(os.lstat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(path) for name in names)
+
+
+def _collectable(results: Path) -> Iterator[Path]:
+    store = results / "store"
+    for pattern in ("*.zarr/*/*", "evaluate/*", "backbones/*", f"{QUARANTINE}/*"):
+        yield from sorted(store.glob(pattern))
+    for pattern in ("datasets/*", "manifests/*/*", "*/reports/*"):
+        yield from sorted(results.glob(pattern))
+
+
+def _settled(path: Path) -> bool:
+    working = path.name.startswith(TEMPORARY) or path.name.endswith(".checkpoints")
+    return not working or time.time() - path.stat().st_mtime > LEFTOVER_AGE

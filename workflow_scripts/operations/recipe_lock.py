@@ -1,0 +1,69 @@
+"""The recipe lock: a hash of the code that gives each stage's results their meaning, beside the stage's recipe number.
+
+A change of that code must be looked at: either results mean something else, and the number is raised in
+:mod:`workflow_scripts.recipes`, or they do not. Both are acknowledged with ``stillhouse lock-recipes``.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts.recipes import RECIPES
+
+PACKAGE = Path(__file__).resolve().parent.parent
+LOCK = PACKAGE / "recipes.lock.json"
+_IMAGES = ("data/preprocess.py", "data/sources.py")
+_DENOISING = ("diffusion/backbone.py", "diffusion/schedule.py", "stages/inputs.py")
+MEANING = {
+    "fit_backbone": ("stages/fit_backbone.py", "diffusion/fit.py", "diffusion/schedule.py", *_IMAGES),
+    "encode": ("stages/encode.py", "diffusion/backbone.py", *_IMAGES),
+    "cluster": ("stages/cluster.py", "stages/inputs.py", "methods/modes.py"),
+    "invert": ("stages/invert.py", "diffusion/inversion.py", *_DENOISING),
+    "sample": (
+        "stages/sample.py",
+        "diffusion/sampler.py",
+        "diffusion/noise.py",
+        *(f"methods/{name}.py" for name in ("coresets", "d3hr", "manifoldgd", "mgd3", "modes", "registry")),
+        *_DENOISING,
+        *_IMAGES,
+    ),
+    "export": ("stages/export.py",),
+    "evaluate": (
+        "stages/evaluate.py",
+        *(f"evaluation/{name}.py" for name in ("architectures", "augment", "protocols", "training")),
+        *_IMAGES,
+    ),
+    "report": ("stages/report.py", *(f"report/{name}.py" for name in ("data", "figures", "page", "tables"))),
+}
+
+
+def current() -> dict[str, dict[str, Any]]:
+    """Return each stage's recipe number and the hash of its code."""
+    return {stage: {"recipe": RECIPES[stage], "code": _hash(files)} for stage, files in MEANING.items()}
+
+
+def locked() -> dict[str, dict[str, Any]]:
+    """Return what was acknowledged last."""
+    content: dict[str, dict[str, Any]] = json.loads(LOCK.read_text())
+    return content
+
+
+def write() -> None:
+    """Acknowledge the code as it is."""
+    LOCK.write_text(json.dumps(current(), indent=1) + "\n")
+
+
+def _hash(files: tuple[str, ...]) -> str:
+    sha256 = hashlib.sha256()
+    for name in files:
+        tree = ast.parse((PACKAGE / name).read_text())
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list):
+                node.body = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]  # type: ignore[attr-defined]
+        sha256.update(f"{name}\n{ast.dump(tree)}".encode())
+    return sha256.hexdigest()

@@ -1,0 +1,84 @@
+"""``stillhouse plan`` and ``stillhouse status``: a survey of a run, for people and as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from workflow_scripts.operations.survey import StageSurvey, survey
+from workflow_scripts.recipes import Recipes
+from workflow_scripts.stages.publish import publish
+
+
+def plan(recipes: Recipes, *, verbose: bool, as_json: bool) -> None:
+    """Print what is valid, what is missing and why; ``verbose`` names every missing item."""
+    surveys = survey(recipes, explain=True)
+    if as_json:
+        print(json.dumps({"run": recipes.config.run, "stages": [_as_dict(stage) for stage in surveys]}, indent=1))
+        return
+    console = Console()
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("stage", "valid", "missing", "jobs to run"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    table.add_column("why")
+    for stage in surveys:
+        missing, count = len(stage.missing), len(stage.items)
+        why = "; ".join(f"{number} {text}" for text, number in stage.reasons.most_common(3))
+        table.add_row(
+            stage.stage, str(count - missing), str(missing or "-"), f"{stage.jobs_to_run} of {stage.jobs}", why
+        )
+    classes = len(recipes.classes)
+    console.print(f"Run [bold]{recipes.config.run}[/]: {classes} classes, backbone {recipes.backbone.path}")
+    console.print(table)
+    if verbose:
+        for stage in surveys:
+            for item in stage.missing:
+                console.print(f"{stage.stage:12} {item.job:28} {item.of}: {item.why}", highlight=False, soft_wrap=True)
+    jobs = sum(stage.jobs_to_run for stage in surveys)
+    console.print(f"{jobs} jobs to run." if jobs else "Nothing to run.")
+
+
+def status(recipes: Recipes, *, as_json: bool) -> None:
+    """Print how far a run is, from what exists."""
+    surveys = survey(recipes)
+    if as_json:
+        print(
+            json.dumps(
+                {"run": recipes.config.run, "stages": [_as_dict(stage, items=False) for stage in surveys]}, indent=1
+            )
+        )
+        return
+    console = Console()
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("stage", "done", "of", ""):
+        table.add_column(heading, justify="right" if heading in ("done", "of") else "left")
+    for stage in surveys:
+        done, count = len(stage.items) - len(stage.missing), len(stage.items)
+        full = round(30 * done / max(count, 1))
+        table.add_row(
+            stage.stage,
+            str(done),
+            str(count),
+            Text("█" * full, style="green") + Text("░" * (30 - full), style="grey50"),
+        )
+    console.print(f"Run [bold]{recipes.config.run}[/]")
+    console.print(table)
+    page = publish(recipes.config, recipes.job("report", "report"))
+    console.print(f"Report: {page}" if page else "No report yet.")
+
+
+def _as_dict(stage: StageSurvey, *, items: bool = True) -> dict[str, Any]:
+    counts = {
+        "stage": stage.stage,
+        "valid": len(stage.items) - len(stage.missing),
+        "missing": len(stage.missing),
+        "jobs": stage.jobs,
+        "jobs_to_run": stage.jobs_to_run,
+    }
+    return counts | ({"missing_items": [asdict(item) for item in stage.missing]} if items else {})

@@ -1,0 +1,145 @@
+"""What of a run exists and what is missing, and why."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts.recipes import CLASS_STAGES, Recipes
+from workflow_scripts.stages.publish import report_folder
+from workflow_scripts.store.results import RECORD, Result, Store
+
+STAGES = ("fit_backbone", *CLASS_STAGES, "export", "evaluate", "report")
+
+
+@dataclass
+class Item:
+    """One thing that a stage makes: a class's result, a set, a training, a report.
+
+    Attributes:
+        of: class, set or training, for people.
+        why: what is different from the nearest result that exists; None if the item itself exists.
+    """
+
+    job: str
+    of: str
+    exists: bool
+    why: str | None = None
+
+
+@dataclass
+class StageSurvey:
+    """A stage's items, each once."""
+
+    stage: str
+    items: list[Item] = field(default_factory=list)
+    jobs: int = 0
+    jobs_to_run: int = 0
+
+    @property
+    def missing(self) -> list[Item]:
+        """The items that do not exist."""
+        return [item for item in self.items if not item.exists]
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """How many missing items have which reason."""
+        return Counter(item.why or "" for item in self.missing)
+
+
+def survey(recipes: Recipes, *, explain: bool = False) -> list[StageSurvey]:
+    """Look at everything that a run needs.
+
+    Args:
+        explain: also find out why each missing class-level result is missing, which reads the records of its neighbours.
+    """
+    surveys = {stage: StageSurvey(stage) for stage in STAGES}
+    seen: set[str] = set()
+    for job in recipes.jobs():
+        stage = surveys[job.stage]
+        stage.jobs += 1
+        stage.jobs_to_run += not (recipes.config.results / job.manifest).exists()
+        for key, item in _items(recipes, job.stage, job.shard, explain):
+            if key not in seen:
+                seen.add(key)
+                stage.items.append(item)
+    return [stage for stage in surveys.values() if stage.jobs]
+
+
+def _items(recipes: Recipes, stage: str, shard: str, explain: bool) -> Iterator[tuple[str, Item]]:
+    if stage in CLASS_STAGES:
+        for result in recipes.stage_results(stage, shard):
+            there = recipes.store.exists(result)
+            why = None if there or not explain else reason(recipes.store, result)
+            yield result.place, Item(shard, _name(result), there, why)
+    elif stage == "export":
+        for wanted in recipes.sets(shard):
+            folder = recipes.set_directory(wanted)
+            yield str(folder), _item(shard, f"{wanted.method} IPC {wanted.ipc} seed {wanted.seed}", folder.exists())
+    elif stage == "evaluate":
+        for training in recipes.trainings_of(shard):
+            path = recipes.training_path(training)
+            made = training.set
+            of = f"{made.method} IPC {made.ipc} seed {made.seed} {training.architecture.name} repeat {training.repeat}"
+            yield str(path), _item(shard, of, path.exists())
+    elif stage == "report":
+        folder = report_folder(recipes.config, recipes.job(stage, shard))
+        yield str(folder), _item(shard, recipes.config.run, (folder / "index.html").exists())
+    else:
+        yield "backbone", _item(shard, "backbone", recipes.backbone.path.exists())
+
+
+def _item(job: str, of: str, exists: bool) -> Item:
+    return Item(job, of, exists, None if exists else "not made yet")
+
+
+def _name(result: Result) -> str:
+    recipe = result.recipe
+    details = (
+        [f"IPC {recipe['ipc']}", f"seed {recipe['seed']}"]
+        if "ipc" in recipe
+        else [f"k {recipe['k']}"]
+        if "k" in recipe
+        else []
+    )
+    return " ".join([result.class_name, *details])
+
+
+def reason(store: Store, result: Result) -> str:
+    """Say what is different from the most similar result of the same stage and class that exists."""
+    wanted = dict(_flatten(result.recipe))
+    differences = [
+        sorted(key for key in wanted.keys() | other.keys() if wanted.get(key) != other.get(key))
+        for other in _neighbours(store.path(result).parent)
+        if all(other.get(key) == wanted.get(key) for key in ("ipc", "seed", "method.kind", "method.select"))
+    ]
+    if not differences:
+        return "never made"
+    changed = min(differences, key=len)
+    words = {"images": "its images changed", "recipe": "the stage's code changed its meaning"}
+    upstream = {key: f"its {key} changed" for key in ("latents", "modes", "gaussian", "vae", "denoiser")}
+    return ", ".join(dict.fromkeys((words | upstream).get(key, f"{key} changed") for key in changed))
+
+
+def _neighbours(folder: Path) -> Iterator[dict[str, Any]]:
+    if folder.is_dir():
+        for path in folder.iterdir():
+            try:
+                yield dict(_flatten(json.loads((path / RECORD).read_text())["attributes"]["recipe"]))
+            except (OSError, ValueError, KeyError):
+                continue
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _flatten(inner, f"{prefix}.{index}")
+    else:
+        yield prefix, value

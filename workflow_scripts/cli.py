@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from importlib.metadata import version
 
-from workflow_scripts.config import load, run_names
+from workflow_scripts.config import load, read_document
 from workflow_scripts.errors import StillhouseError
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import add_config_arguments, read_config
@@ -97,9 +97,9 @@ def _gc(arguments: argparse.Namespace) -> int:
 
     results = read_config(arguments).results
     runs = []
-    for name in arguments.keep or run_names(arguments.config):
+    for name in arguments.keep or read_document(arguments.config, arguments.configfile).get("runs", {}):
         try:
-            config = load(arguments.config, name, arguments.set)
+            config = load(arguments.config, name, arguments.set, arguments.configfile)
             if config.results.resolve() == results.resolve():
                 runs.append(Recipes(config))
                 runs[-1].jobs()

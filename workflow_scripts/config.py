@@ -433,9 +433,9 @@ def resolve(document: Mapping[str, Any]) -> RunConfig:
     return _validate(merge(values, overrides))
 
 
-def load(path: Path, run: str | None = None, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a ``config.yaml``, choose a run and apply ``key.sub=value`` overrides (values are YAML)."""
-    document = _read_yaml(path)
+def load(path: Path, run: str | None = None, overrides: Iterable[str] = (), overlays: Iterable[Path] = ()) -> RunConfig:
+    """Read a ``config.yaml``, overlay further files, choose a run and apply ``key.sub=value`` overrides (values are YAML)."""
+    document = read_document(path, overlays)
     if run is not None:
         document["run"] = run
     for override in overrides:
@@ -452,9 +452,12 @@ def load(path: Path, run: str | None = None, overrides: Iterable[str] = ()) -> R
     return resolve(document)
 
 
-def run_names(path: Path) -> list[str]:
-    """Return the runs that a ``config.yaml`` names."""
-    return list(_read_yaml(path).get("runs") or {})
+def read_document(path: Path, overlays: Iterable[Path] = ()) -> dict[str, Any]:
+    """Read a ``config.yaml`` and overlay further files."""
+    document = _read_yaml(path)
+    for overlay in overlays:
+        document = merge(document, _read_yaml(overlay))
+    return document
 
 
 def load_resolved(path: Path) -> RunConfig:

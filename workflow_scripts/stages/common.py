@@ -21,18 +21,19 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", type=Path, default=Path("config.yaml"), help="configuration file (default: config.yaml)"
     )
+    parser.add_argument("--configfile", type=Path, nargs="+", default=[], help="further files, laid over it")
     parser.add_argument("--run", help="named run of the configuration file (default: the one it names)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. compute.sample_batch=64"
     )
-    parser.add_argument("--resolved", type=Path, help="a complete configuration as JSON, in place of the three above")
+    parser.add_argument("--resolved", type=Path, help="a complete configuration as JSON, in place of the above")
 
 
 def read_config(arguments: argparse.Namespace) -> RunConfig:
     """Read the configuration that the options choose."""
     if arguments.resolved is not None:
         return load_resolved(arguments.resolved)
-    return load(arguments.config, arguments.run, arguments.set)
+    return load(arguments.config, arguments.run, arguments.set, arguments.configfile)
 
 
 def write_resolved(config: RunConfig, path: Path) -> None:

@@ -14,13 +14,14 @@ from workflow_scripts.diffusion.backbone import Autoencoder
 from workflow_scripts.errors import DataError
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import stage_main
-from workflow_scripts.stages.worker import Computed, pick_device, run_shard
+from workflow_scripts.stages.worker import Computed, pick_device, quiet_libraries, run_shard
 from workflow_scripts.store.results import Result
 
 
 def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     """Encode one shard."""
     config = recipes.config
+    quiet_libraries()
     device = pick_device(config.compute.device)
 
     def compute(missing: list[Result]) -> Iterator[Computed]:

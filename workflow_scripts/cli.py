@@ -129,3 +129,7 @@ def _lock_recipes(arguments: argparse.Namespace) -> int:
     write()
     print(f"Wrote {LOCK.name}.")
     return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -381,7 +381,10 @@ class Recipes:
             )
         cells = [(method, ipc) for method in self.config.compare for ipc in self.config.ipc]
         recipes = [digest(self.training_recipe(training)) for cell in cells for training in self.trainings(*cell)]
-        content = {"recipe": RECIPES["report"], "config": self.config.model_dump(mode="json"), "trainings": recipes}
+        shown = self.config.model_dump(
+            mode="json", exclude={"results": True, "dataset": {"root", "test_root"}, "backbone": {"path"}}
+        )
+        content = {"recipe": RECIPES["report"], "config": shown, "trainings": recipes}
         return content, len(recipes), [("evaluate", shard) for cell in cells for shard in self._evaluate_shards(*cell)]
 
     def _needs(self, stage: str, shard: str) -> list[tuple[str, str]]:

@@ -165,7 +165,9 @@ def test_other_predictions_are_refused(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "transformer").symlink_to(saved / "transformer")
     (tmp_path / "scheduler").mkdir()
     config = json.loads((saved / "scheduler" / "scheduler_config.json").read_text())
-    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"prediction_type": "v_prediction"}))
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps(config | {"prediction_type": "v_prediction"})
+    )
     with pytest.raises(BackboneError, match="v_prediction"):
         Denoiser.load(tmp_path, CPU, torch.float32)
 

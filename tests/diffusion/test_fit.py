@@ -83,7 +83,9 @@ def test_scaling_factor_gives_latents_of_unit_spread(fitted: Path) -> None:
     autoencoder = Autoencoder.load(fitted, CPU, torch.float32)
     mean, logvar = autoencoder.encode(images()[0])
     spread = (mean.var(unbiased=False) + logvar.exp().mean()).sqrt() * autoencoder.scaling_factor
-    assert float(spread) == pytest.approx(1, rel=0.1)  # of a sample of 640 values, from weights that were rounded to fp16
+    assert float(spread) == pytest.approx(
+        1, rel=0.1
+    )  # of a sample of 640 values, from weights that were rounded to fp16
 
 
 def test_both_networks_moved(fitted: Path) -> None:
@@ -163,7 +165,7 @@ def test_a_kill_while_saving_keeps_the_checkpoint_before(
 
 def test_a_diverging_fit_says_so(tmp_path: Path) -> None:
     wild = TINY.model_copy(update={"vae": TINY.vae.model_copy(update={"learning_rate": 1e30, "steps": 51})})
-    with pytest.raises(RuntimeError, match="autoencoder's loss is (nan|inf).*learning_rate"):
+    with pytest.raises(RuntimeError, match=r"autoencoder's loss is (nan|inf).*learning_rate"):
         fit_into(tmp_path, wild)
 
 
@@ -173,7 +175,9 @@ def test_training_reduces_the_denoisers_loss(tmp_path: Path) -> None:
     fit = Fit(dit=config, checkpoint_every=1000)
     mean, logvar = torch.full((4, 1, 4, 4), 0.5), torch.full((4, 1, 4, 4), -30.0)
     schedule = module.DDIMScheduler(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear")
-    model = module.fit_dit(mean, logvar, torch.zeros(4, dtype=torch.int64), 1, schedule, fit, CPU, tmp_path / "x.safetensors")
+    model = module.fit_dit(
+        mean, logvar, torch.zeros(4, dtype=torch.int64), 1, schedule, fit, CPU, tmp_path / "x.safetensors"
+    )
     process, generator = Process(linear_schedule(), CPU), torch.Generator().manual_seed(0)
     noise = torch.randn(256, 1, 4, 4, generator=generator)
     time, label = torch.randint(1000, (256,), generator=generator), torch.zeros(256, dtype=torch.int64)

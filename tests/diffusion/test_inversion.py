@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -22,12 +24,12 @@ def inverted(
     model: Mixture, grid: Grid, latents: torch.Tensor, until: int, cfg_scale: float = 1.0, **settings: object
 ) -> torch.Tensor:
     labels = torch.zeros(len(latents), dtype=torch.int64)
-    return invert(
-        model, grid, latents, labels, until, Inversion(**settings), cfg_scale=cfg_scale, cfg_channels=4
-    )
+    return invert(model, grid, latents, labels, until, Inversion(**settings), cfg_scale=cfg_scale, cfg_channels=4)
 
 
-def sampled(model: Mixture, grid: Grid, spacing: str, z: torch.Tensor, start: int, cfg_scale: float = 1.0) -> torch.Tensor:
+def sampled(
+    model: Mixture, grid: Grid, spacing: str, z: torch.Tensor, start: int, cfg_scale: float = 1.0
+) -> torch.Tensor:
     settings = Sampler(kind="ddim", spacing=spacing, steps=len(grid.abar), cfg_scale=cfg_scale, cfg_channels=4)
     return sample(model, grid, settings, z, start, torch.zeros(len(z), dtype=torch.int64), None, [], {})
 
@@ -113,7 +115,7 @@ def test_refinements_converge_to_the_samplers_inverse(std: float) -> None:
     for refinements in (0, 1, 2, 4, 8):
         back = sampled(model, grid, "leading", inverted(model, grid, z, 30, refinements=refinements), 30)
         errors.append(float((back - z).norm() / z.norm()))
-    assert all(finer < 0.7 * coarser for coarser, finer in zip(errors, errors[1:], strict=False)), errors
+    assert all(finer < 0.7 * coarser for coarser, finer in itertools.pairwise(errors)), errors
     assert errors[-1] < 1e-4
 
 
@@ -125,7 +127,7 @@ def test_round_trip_without_refinements_gains_with_steps() -> None:
         until = grid.step_of(600)
         back = sampled(model, grid, "leading", inverted(model, grid, z, until), until)
         errors.append(float((back - z).norm() / z.norm()))
-    assert all(finer < 0.7 * coarser for coarser, finer in zip(errors, errors[1:], strict=False)), errors
+    assert all(finer < 0.7 * coarser for coarser, finer in itertools.pairwise(errors)), errors
 
 
 def test_guided_round_trip_needs_the_same_guidance() -> None:

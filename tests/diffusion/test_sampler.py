@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -105,7 +106,9 @@ class Chain:
         return self.start**2 + float((self.noise**2).sum())
 
 
-def chain(grid: Grid, m: float, std: float, sigma: np.ndarray, prototype: float = 0.0, pull: np.ndarray | None = None) -> Chain:
+def chain(
+    grid: Grid, m: float, std: float, sigma: np.ndarray, prototype: float = 0.0, pull: np.ndarray | None = None
+) -> Chain:
     """Propagate N(0, 1) at the last step through DDPM on exact data N(m, std^2), guided by ``pull`` (prototype - x0).
 
     E[x0 | x] = m + sqrt(a) std^2 / v (x - sqrt(a) m), so that every step is x -> gain x + shift + sigma n.
@@ -209,7 +212,7 @@ def test_each_end_of_the_variance_is_exact_for_its_data(steps: int) -> None:
 @pytest.mark.parametrize("std", [0.5, 2.0])
 def test_ddpm_variance_converges_to_the_datas(std: float) -> None:
     errors = [abs(chain_variance(std, steps) / std**2 - 1) for steps in (50, 100, 200, 400, 800)]
-    assert all(finer < 0.65 * coarser for coarser, finer in zip(errors, errors[1:], strict=False))
+    assert all(finer < 0.65 * coarser for coarser, finer in itertools.pairwise(errors))
     assert errors[-1] < 0.05
 
 

@@ -1,11 +1,7 @@
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tests/analytic.py
 
 
 @pytest.fixture(autouse=True, scope="package")

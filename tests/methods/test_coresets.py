@@ -34,7 +34,7 @@ def test_herding_follows_the_mean_faster_than_chance() -> None:
     errors = [gap(points, chosen[:k]) for k in (1, 2, 4, 8, 16, 32, 64)]
     assert all(later < earlier for earlier, later in itertools.pairwise(errors))
     random = np.random.default_rng(0)
-    assert gap(points, chosen) < 0.2 * min(gap(points, random.permutation(300)[:64].tolist()) for _ in range(20))
+    assert gap(points, chosen) < 0.3 * min(gap(points, random.permutation(300)[:64].tolist()) for _ in range(20))
 
 
 def test_herding_everything_reaches_the_mean() -> None:

@@ -84,13 +84,13 @@ def load_labelled(
     crop: Crop,
     workers: int,
     resample: Resample = "bicubic",
-    skip_bad: bool = False,
+    on_bad: Callable[[BadImage], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read all images of some classes into memory.
 
     Args:
         entries: the images of each class, in label order.
-        skip_bad: leave out images that cannot be decoded, instead of raising BadImage.
+        on_bad: as for :func:`load_squares`.
 
     Returns:
         pixels uint8 (n, resolution, resolution, 3) and labels int64 (n,).
@@ -107,7 +107,7 @@ def load_labelled(
             resample=resample,
             workers=workers,
             batch=256,
-            on_bad=(lambda bad: None) if skip_bad else None,
+            on_bad=on_bad,
         ):
             images.append(pixels)
             labels += [label] * len(pixels)

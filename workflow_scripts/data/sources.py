@@ -32,7 +32,7 @@ class BadImage(DataError):
             f"{path} (class {class_name}): {reason}. Replace or remove the image, or set dataset.on_bad_image: skip to leave "
             "such images out (they are counted and listed in the report)."
         )
-        self.path, self.reason = path, reason
+        self.path, self.class_name, self.reason = path, class_name, reason
 
 
 @dataclass(frozen=True)

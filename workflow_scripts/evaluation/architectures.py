@@ -13,7 +13,6 @@ from types import MappingProxyType
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models.resnet import BasicBlock
 
 SMALLEST_RESOLUTION = 16
 """Below this, the last ResNet stage has a single pixel, on which instance norm is undefined."""
@@ -92,6 +91,8 @@ def _strided_stage(inputs: int, channels: int, blocks: int, stride: int) -> nn.S
     shortcut = None
     if stride > 1:
         shortcut = nn.Sequential(nn.Conv2d(inputs, channels, 1, stride=stride, bias=False), instance_norm(channels))
+    from torchvision.models.resnet import BasicBlock  # seconds to import: only for those who need it
+
     first = BasicBlock(inputs, channels, stride, shortcut, norm_layer=instance_norm)
     return nn.Sequential(first, *(BasicBlock(channels, channels, norm_layer=instance_norm) for _ in range(blocks - 1)))
 

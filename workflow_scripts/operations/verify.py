@@ -82,11 +82,10 @@ def _manifests(results: Path) -> Iterator[str]:
     for path in sorted((results / "manifests").glob("*/*.json")):
         try:
             content = json.loads(path.read_text())
-            named = [results / "store" / entry["place"] for entry in content.get("results", ())]
-            named += [Path(entry["folder"]) for entry in content.get("sets", ())]
-            named += [Path(name) for name in content.get("scores", ())]
-            named += [Path(content[key]) for key in ("report", "path") if key in content]
-            lost = [place for place in named if not place.exists()]
+            named = [f"store/{entry['place']}" for entry in content.get("results", ())]
+            named += [entry["folder"] for entry in content.get("sets", ())]
+            named += [*content.get("scores", ()), *(content[key] for key in ("report", "path") if key in content)]
+            lost = [results / place for place in named if not (results / place).exists()]
         except (OSError, ValueError, KeyError):
             lost = [path]
         if lost:

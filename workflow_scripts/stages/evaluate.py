@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from workflow_scripts.data.preprocess import load_labelled
-from workflow_scripts.data.sources import ImageFolder, Source, Split
+from workflow_scripts.data.sources import BadImage, ImageFolder, Source, Split
 from workflow_scripts.errors import DataError
 from workflow_scripts.evaluation.training import train_student
 from workflow_scripts.recipes import Recipes, SampleSet, Training
@@ -29,13 +29,21 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     missing = [training for training in trainings if not recipes.training_path(training).exists()]
     if missing:
         device = pick_device(recipes.config.compute.device)
-        test = load_test(recipes)
+        skipped: list[BadImage] = []
+        test = load_test(recipes, skipped)
         for training in progress(missing, len(missing), f"evaluate {shard}"):
-            evaluate(recipes, training, load_set(recipes, training.set), test, device)
-    return {"scores": [str(recipes.training_path(training)) for training in trainings]}
+            evaluate(recipes, training, load_set(recipes, training.set), test, skipped, device)
+    return {"scores": [str(recipes.training_path(t).relative_to(recipes.config.results)) for t in trainings]}
 
 
-def evaluate(recipes: Recipes, training: Training, train: Labelled, test: Labelled, device: torch.device) -> None:
+def evaluate(
+    recipes: Recipes,
+    training: Training,
+    train: Labelled,
+    test: Labelled,
+    skipped: Sequence[BadImage],
+    device: torch.device,
+) -> None:
     """Train one classifier and write its score, with everything that determines it."""
     recipe = recipes.training_recipe(training)
     score = train_student(recipes.student(training), *train, *test, device=device)
@@ -52,6 +60,7 @@ def evaluate(recipes: Recipes, training: Training, train: Labelled, test: Labell
         "images_seen": score.images_seen,
         "seconds": score.seconds,
         "curve": score.curve,
+        "skipped": [{"class": bad.class_name, "path": bad.path, "reason": bad.reason} for bad in skipped],
     }
     write_atomically(recipes.training_path(training), json.dumps(record))
 
@@ -69,7 +78,7 @@ def load_set(recipes: Recipes, wanted: SampleSet) -> Labelled:
         raise DataError(
             f"{folder}: holds another set or another class order than this run's. Delete the folder and run again."
         )
-    images, labels = _read(recipes, ImageFolder(folder, folder), "train", skip_bad=False)
+    images, labels = _read(recipes, ImageFolder(folder, folder), "train")
     if len(images) != wanted.ipc * len(recipes.classes):
         raise DataError(
             f"{folder}: holds {len(images)} images, not {wanted.ipc} for each of {len(recipes.classes)} classes. "
@@ -78,13 +87,14 @@ def load_set(recipes: Recipes, wanted: SampleSet) -> Labelled:
     return images, labels
 
 
-def load_test(recipes: Recipes) -> Labelled:
-    """Read the real test images."""
-    return _read(recipes, recipes.catalog.source, "test", skip_bad=recipes.config.dataset.on_bad_image == "skip")
+def load_test(recipes: Recipes, skipped: list[BadImage]) -> Labelled:
+    """Read the real test images; with ``on_bad_image: skip`` those that cannot be read are added to ``skipped``."""
+    skip = recipes.config.dataset.on_bad_image == "skip"
+    return _read(recipes, recipes.catalog.source, "test", skipped.append if skip else None)
 
 
-def _read(recipes: Recipes, source: Source, split: Split, *, skip_bad: bool) -> Labelled:
-    """Read all images of a split at the evaluation's resolution: uint8 (n, 3, R, R), and labels (n,) in the run's order."""
+def _read(recipes: Recipes, source: Source, split: Split, on_bad: Callable[[BadImage], None] | None = None) -> Labelled:
+    """Read a split at the evaluation's resolution: uint8 (n, 3, R, R), and labels (n,) in the run's order."""
     settings = recipes.config.evaluation
     pixels, labels = load_labelled(
         source,
@@ -93,7 +103,7 @@ def _read(recipes: Recipes, source: Source, split: Split, *, skip_bad: bool) -> 
         crop="resize",
         resample=settings.resample,
         workers=recipes.config.compute.workers,
-        skip_bad=skip_bad,
+        on_bad=on_bad,
     )
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
 

@@ -31,7 +31,12 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
         export_set(recipes, wanted)
     return {
         "sets": [
-            {"ipc": s.ipc, "seed": s.seed, "folder": str(recipes.set_directory(s)), "digest": recipes.set_digest(s)}
+            {
+                "ipc": s.ipc,
+                "seed": s.seed,
+                "folder": f"datasets/{recipes.set_directory(s).name}",
+                "digest": recipes.set_digest(s),
+            }
             for s in sets
         ]
     }

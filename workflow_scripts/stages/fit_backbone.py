@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from workflow_scripts.data.preprocess import load_labelled
+from workflow_scripts.data.sources import BadImage
 from workflow_scripts.diffusion.fit import fit_backbone
 from workflow_scripts.errors import ConfigError
 from workflow_scripts.recipes import Recipes
@@ -23,16 +24,18 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     if config.backbone.fit is None:
         raise ConfigError("backbone.fit: not set; this run uses the backbone at backbone.path")
     final = recipes.backbone.path
+    place = str(final.relative_to(config.results))
     if not final.exists():
         quiet_libraries()
         dataset = config.dataset
+        skipped: list[BadImage] = []
         pixels, labels = load_labelled(
             recipes.catalog.source,
             {name: recipes.catalog.entries(name, "train") for name in recipes.classes},
             resolution=dataset.resolution,
             crop=dataset.crop,
             workers=config.compute.workers,
-            skip_bad=dataset.on_bad_image == "skip",
+            on_bad=skipped.append if dataset.on_bad_image == "skip" else None,
         )
         checkpoints = final.with_name(f"{final.name}.checkpoints")
         temporary = final.with_name(f"{TEMPORARY}{final.name}.{uuid.uuid4().hex}")
@@ -42,8 +45,8 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
             fit_backbone(pixels, labels, recipes.classes, config.backbone.fit, device, checkpoints, temporary)
             temporary.rename(final)
         shutil.rmtree(checkpoints)
-        return {"path": str(final), "seconds": time.monotonic() - began, "images": len(pixels)}
-    return {"path": str(final)}
+        return {"path": place, "seconds": time.monotonic() - began, "images": len(pixels), "skipped": len(skipped)}
+    return {"path": place}
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     write_atomically(folder / "leaderboard.tex", tables.latex(data))
     write_atomically(folder / "index.html", page.render(data))
     publish(config, recipes.job("report", "report"))
-    return {"report": str(folder / "index.html")}
+    return {"report": str(folder.relative_to(config.results) / "index.html")}
 
 
 def gather(recipes: Recipes) -> ReportData:
@@ -58,7 +58,6 @@ def gather(recipes: Recipes) -> ReportData:
     keys = {_key(architecture): architecture for architecture in settings.architectures}
     example = recipes.student(trainings[0])
     records = [json.loads(recipes.training_path(training).read_text()) for training in trainings]
-    results = {result.digest: result for stage in CLASS_STAGES for result in _results(recipes, stage)}
     dataset = config.dataset
     return ReportData(
         run=config.run,
@@ -89,18 +88,21 @@ def gather(recipes: Recipes) -> ReportData:
             _map(recipes, name, max(i for i in config.ipc if i <= max(10, min(config.ipc))))
             for name in recipes.classes[: config.report.map_classes]
         ),
-        skipped_images=tuple(
-            SkippedImage(result.class_name, bad["path"], bad["reason"])
-            for result in results.values()
-            if result.stage == "encode"
-            for bad in recipes.store.record(result)["skipped"]
-        ),
+        skipped_images=_skipped(recipes, records),
         config_text=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
         environment={**environment(records[0]["device"])["versions"], "classifiers trained on": records[0]["device"]},
     )
 
 
 _VARYING = {"architecture", "width", "epochs", "seed", "classes"}
+
+
+def _skipped(recipes: Recipes, trainings: list[dict[str, Any]]) -> tuple[SkippedImage, ...]:
+    """List the unreadable training images that encoding left out, and the test images that evaluation did."""
+    encoded = [(result.class_name, recipes.store.record(result)) for result in _results(recipes, "encode")]
+    train = [SkippedImage(name, bad["path"], bad["reason"]) for name, record in encoded for bad in record["skipped"]]
+    test = {(bad["class"], bad["path"], bad["reason"]) for training in trainings for bad in training["skipped"]}
+    return (*train, *(SkippedImage(*bad) for bad in sorted(test)))
 
 
 def _key(architecture: Any) -> str:

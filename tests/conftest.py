@@ -76,7 +76,9 @@ def plan_site(tmp_path: Path) -> Callable[..., support.Site]:
         folder = tmp_path / name
         support.make_folder(folder / "train", classes, support.COUNT)
         support.make_folder(folder / "test", classes, 2, offset=100)
-        return support.Site(folder / "train", folder / "test", support.fake_backbone(folder / "backbone"), folder / "results")
+        return support.Site(
+            folder / "train", folder / "test", support.fake_backbone(folder / "backbone"), folder / "results"
+        )
 
     return make
 

@@ -55,7 +55,9 @@ def test_planning_imports_no_heavy_library_and_is_the_same_in_every_process(plan
         )
         there = json.loads(ended.stdout)
         assert there["jobs"] == here
-        assert not {"torch", "torchvision", "diffusers", "sklearn", "scipy", "zarr", "matplotlib"} & set(there["modules"])
+        assert not {"torch", "torchvision", "diffusers", "sklearn", "scipy", "zarr", "matplotlib"} & set(
+            there["modules"]
+        )
     assert not site.results.exists(), "planning writes nothing"
 
 
@@ -87,7 +89,9 @@ def test_jobs_come_after_what_they_need_and_the_report_last(plan_site: MakeSite)
         assert set(job.needs) <= seen, f"{job.stage} {job.shard} before {set(job.needs) - seen}"
         seen.add((job.stage, job.shard))
     assert [job.stage for job in recipes.jobs()][-1] == "report"
-    shards = {stage: sorted(job.shard for job in support.jobs_of(recipes, stage)) for stage in ("encode", "invert", "export")}
+    shards = {
+        stage: sorted(job.shard for job in support.jobs_of(recipes, stage)) for stage in ("encode", "invert", "export")
+    }
     assert shards == {"encode": ["000", "001"], "invert": ["000", "001"], "export": sorted(support.METHODS)}
 
 
@@ -118,7 +122,9 @@ INDIFFERENT: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("overrides", INDIFFERENT.values(), ids=INDIFFERENT)
-def test_what_does_not_change_a_result_is_in_no_digest(overrides: dict[str, Any], plan_site: MakeSite, tmp_path: Path) -> None:
+def test_what_does_not_change_a_result_is_in_no_digest(
+    overrides: dict[str, Any], plan_site: MakeSite, tmp_path: Path
+) -> None:
     site = plan_site()
     before = class_digests(plan(site))
     if not overrides:
@@ -137,7 +143,9 @@ def test_shards_are_in_no_digest_of_a_result(shards: int, plan_site: MakeSite) -
 
 
 def trainings(recipes: Recipes) -> list[Any]:
-    return [t for method in recipes.config.compare for ipc in recipes.config.ipc for t in recipes.trainings(method, ipc)]
+    return [
+        t for method in recipes.config.compare for ipc in recipes.config.ipc for t in recipes.trainings(method, ipc)
+    ]
 
 
 def recipe_of(recipes: Recipes, training: Any) -> str:
@@ -282,7 +290,9 @@ def test_a_subset_of_the_classes_shares_its_results_with_the_whole(plan_site: Ma
         assert stage_digests(subset, stage) < stage_digests(whole, stage)
     assert subset.latents("bee").place == whole.latents("bee").place
     wanted = SampleSet("mgd3", 3, 0)
-    assert subset.set_digest(wanted) != plan(site, {"dataset.classes": ["bee", "hen"]}).set_digest(wanted), "labels differ"
+    assert subset.set_digest(wanted) != plan(site, {"dataset.classes": ["bee", "hen"]}).set_digest(wanted), (
+        "labels differ"
+    )
 
 
 def test_shard_members_do_not_depend_on_label_order(plan_site: MakeSite) -> None:
@@ -309,7 +319,13 @@ def test_a_backbone_without_weights_is_named(plan_site: MakeSite) -> None:
         plan(site, {"backbone.path": "nowhere"}).check()
 
 
-LABELS = {"no JSON": "[", "no text": b"\xff\xfe", "a number": "3", "empty": "", "a class twice": '["ant", "ant", "bee", "cat"]'}
+LABELS = {
+    "no JSON": "[",
+    "no text": b"\xff\xfe",
+    "a number": "3",
+    "empty": "",
+    "a class twice": '["ant", "ant", "bee", "cat"]',
+}
 
 
 @pytest.mark.parametrize("content", LABELS.values(), ids=LABELS)
@@ -330,7 +346,9 @@ def test_a_class_that_the_backbone_does_not_know_is_named(plan_site: MakeSite) -
 def test_a_class_with_too_few_images_is_named(plan_site: MakeSite) -> None:
     site = plan_site()
     plan(site, {"ipc": [8], "cluster.max_leaves": 8}).check()
-    with pytest.raises(DataError, match="class ant: has 8 training images, fewer than the 9 that random needs at IPC 9"):
+    with pytest.raises(
+        DataError, match="class ant: has 8 training images, fewer than the 9 that random needs at IPC 9"
+    ):
         plan(site, {"ipc": [1, 9], "cluster.max_leaves": 9}).check()
     plan(site, {"ipc": [9], "compare": ["dit"]}).check()
 
@@ -348,7 +366,9 @@ class Listing:
         return [ImageEntry(f"{index:04d}.jpg", 1000, 0, f"{split}/{class_name}/{index}.jpg") for index in range(60)]
 
 
-def test_imagenet_can_be_planned(plan_site: MakeSite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_imagenet_can_be_planned(
+    plan_site: MakeSite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     listing = Listing()
     monkeypatch.setattr("workflow_scripts.data.catalog.open_source", lambda dataset: listing)
     site = plan_site()
@@ -368,9 +388,19 @@ def test_imagenet_can_be_planned(plan_site: MakeSite, monkeypatch: pytest.Monkey
     jobs = recipes.jobs()
     seconds = time.perf_counter() - began
     with capsys.disabled():
-        print(f" [1000 classes, {sum(job.items for job in jobs)} results in {len(jobs)} jobs: {seconds:.1f} s] ", end="")
+        print(
+            f" [1000 classes, {sum(job.items for job in jobs)} results in {len(jobs)} jobs: {seconds:.1f} s] ", end=""
+        )
     counts = {stage: len(support.jobs_of(recipes, stage)) for stage in (*CLASS_STAGES, "export", "evaluate", "report")}
-    assert counts == {"encode": 32, "cluster": 32, "invert": 32, "sample": 6 * 32, "export": 6, "evaluate": 18, "report": 1}
+    assert counts == {
+        "encode": 32,
+        "cluster": 32,
+        "invert": 32,
+        "sample": 6 * 32,
+        "export": 6,
+        "evaluate": 18,
+        "report": 1,
+    }
     assert sum(job.items for job in support.jobs_of(recipes, "sample")) == 6 * 3 * 3 * 1000
     again = Recipes(config)
     assert again.job("sample", "mgd3-007") == recipes.job("sample", "mgd3-007"), "a worker asks for its own job alone"

@@ -28,7 +28,9 @@ def catalog(images: Path, **settings: Any) -> Catalog:
 
 def prints(images: Path, **settings: Any) -> dict[str, str]:
     listed = catalog(images, **settings)
-    return {f"{split} {name}": listed.fingerprint(name, split) for name in listed.classes for split in ("train", "test")}
+    return {
+        f"{split} {name}": listed.fingerprint(name, split) for name in listed.classes for split in ("train", "test")
+    }
 
 
 def first(images: Path, name: str = "bee") -> Path:

@@ -11,7 +11,20 @@ from PIL import Image
 from workflow_scripts.data.preprocess import load_labelled, load_squares, square
 from workflow_scripts.data.sources import BadImage, ImageFolder
 
-SIZES = [(40, 40), (41, 40), (40, 61), (33, 200), (16, 16), (7, 9), (9, 7), (64, 64), (63, 127), (300, 17), (129, 128), (1, 50)]
+SIZES = [
+    (40, 40),
+    (41, 40),
+    (40, 61),
+    (33, 200),
+    (16, 16),
+    (7, 9),
+    (9, 7),
+    (64, 64),
+    (63, 127),
+    (300, 17),
+    (129, 128),
+    (1, 50),
+]
 
 
 def adm_reference(image: Image.Image, side: int) -> np.ndarray:
@@ -64,9 +77,13 @@ def source(tmp_path: Path) -> ImageFolder:
     return ImageFolder(tmp_path / "train", tmp_path / "train")
 
 
-def load(source: ImageFolder, *, batch: int, workers: int = 2, on_bad: Callable[[BadImage], None] | None = None) -> list:
+def load(
+    source: ImageFolder, *, batch: int, workers: int = 2, on_bad: Callable[[BadImage], None] | None = None
+) -> list:
     entries = source.entries("ant", "train")
-    return list(load_squares(source, "ant", entries, resolution=16, crop="adm", workers=workers, batch=batch, on_bad=on_bad))
+    return list(
+        load_squares(source, "ant", entries, resolution=16, crop="adm", workers=workers, batch=batch, on_bad=on_bad)
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 3, 10, 64])

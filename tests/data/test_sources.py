@@ -182,7 +182,9 @@ def test_images_are_turned_upright(format: str, orientation: int, folder: ImageF
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"JPEG": {"quality": 100, "subsampling": 0}, "PNG": {}, "WEBP": {"lossless": True}}[format]
-    image = folder.load(put(folder, f"x.{format.lower()}", support.encoded(stored, format, exif=exif, **options)), "ant")
+    image = folder.load(
+        put(folder, f"x.{format.lower()}", support.encoded(stored, format, exif=exif, **options)), "ant"
+    )
     close(image, upright, 3)
 
 
@@ -214,7 +216,9 @@ BAD: dict[str, tuple[str, bytes, str]] = {
 
 
 @pytest.mark.parametrize(("name", "content", "reason"), BAD.values(), ids=BAD)
-def test_a_bad_image_is_named_with_its_class_and_the_remedy(name: str, content: bytes, reason: str, folder: ImageFolder) -> None:
+def test_a_bad_image_is_named_with_its_class_and_the_remedy(
+    name: str, content: bytes, reason: str, folder: ImageFolder
+) -> None:
     entry = put(folder, name, content)
     with pytest.raises(BadImage) as caught:
         folder.load(entry, "ant")

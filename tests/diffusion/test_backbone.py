@@ -208,6 +208,12 @@ def test_decoding_inverts_encoding_for_all_pixel_values() -> None:
     np.testing.assert_array_equal(autoencoder.decode(mean * 0 - 9.0), np.zeros_like(pixels))
 
 
+def test_decoding_rounds_to_the_nearest_value() -> None:
+    values = torch.tensor([0.4, 0.6, 99.6, 100.4, 254.4, 254.6]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
+    pixels = Autoencoder(Identity(), CPU).decode((values / 127.5 - 1) * 0.5)
+    assert pixels[0, 0, :, 0].tolist() == [0, 1, 100, 100, 254, 255]
+
+
 def test_encoding_does_not_depend_on_the_batch(saved: Path) -> None:
     autoencoder = Autoencoder.load(saved, CPU, torch.float32)
     assert autoencoder.scaling_factor == 0.25

@@ -268,11 +268,18 @@ def test_reports_of_several_configurations_stand_beside_each_other(copied: Site)
 
 def test_the_same_work_elsewhere_gives_the_same_store(finished: tuple[Site, Done], site: Site) -> None:
     """Other shards, other batches, another place: the same digests, and the same content to rounding."""
-    overrides = {"shards": 2, "compare": ["mgd3", "d3hr", "random"], "compute.sample_batch": 5, "compute.encode_batch": 3}
+    overrides = {
+        "shards": 2,
+        "compare": ["mgd3", "d3hr", "random"],
+        "compute.sample_batch": 5,
+        "compute.encode_batch": 3,
+    }
     done = run_jobs(site.config(overrides), CLASS_STAGES)
     assert done.places < finished[1].places
     ours, theirs = Recipes(site.config()), Recipes(finished[0].config())
     for wanted in (SampleSet("mgd3", 3, 1), SampleSet("d3hr", 1, 0)):
         for name in support.CLASSES:
-            left, right = (recipes.store.read(recipes.samples(name, wanted)).arrays["latents"] for recipes in (ours, theirs))
+            left, right = (
+                recipes.store.read(recipes.samples(name, wanted)).arrays["latents"] for recipes in (ours, theirs)
+            )
             np.testing.assert_allclose(left, right, atol=1e-5)

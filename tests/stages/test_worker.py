@@ -55,7 +55,8 @@ def test_a_shard_computes_what_is_missing_only(recipes: Recipes) -> None:
     assert compute.asked == [[name for name in support.WIDE if name not in ("bee", "gnu")]]
     assert manifest == {
         "results": [
-            {"class": name, "place": recipes.latents(name).place, "digest": recipes.latents(name).digest} for name in support.WIDE
+            {"class": name, "place": recipes.latents(name).place, "digest": recipes.latents(name).digest}
+            for name in support.WIDE
         ]
     }
     assert run_shard(recipes, "encode", "000", compute) == manifest
@@ -120,7 +121,16 @@ def manifest_of(site: Site, stage: str, shard: str) -> Path:
 
 def test_a_program_makes_its_results_and_its_manifest(site: Site, programs: Programs) -> None:
     log = site.results / "logs" / "encode.log"
-    arguments = ["--resolved", site.resolved(), "--shard", "000", "--log", log, "--manifest", manifest_of(site, "encode", "000")]
+    arguments = [
+        "--resolved",
+        site.resolved(),
+        "--shard",
+        "000",
+        "--log",
+        log,
+        "--manifest",
+        manifest_of(site, "encode", "000"),
+    ]
     ended = programs.stage("encode", *arguments).wait()
     assert (ended.code, ended.stdout, ended.stderr) == (0, "", "")
     assert support.tally(support.stored(site.results)) == {"encode": dict.fromkeys(support.CLASSES, 1)}
@@ -176,7 +186,16 @@ def test_a_program_reads_the_configuration_like_every_other(site: Site, programs
 
     run = support.tiny_run(site.train, site.test, site.backbone)
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(support.document(run, site.results)))
-    arguments = ["--config", tmp_path / "mine.yaml", "--run", "tiny", "--set", "compute.encode_batch=3", "--shard", "000"]
+    arguments = [
+        "--config",
+        tmp_path / "mine.yaml",
+        "--run",
+        "tiny",
+        "--set",
+        "compute.encode_batch=3",
+        "--shard",
+        "000",
+    ]
     ended = programs.stage("encode", *arguments).wait()
     assert ended.code == 0, ended.stderr
     assert manifest_of(site, "encode", "000").exists()
@@ -187,7 +206,9 @@ def test_a_program_reads_the_configuration_like_every_other(site: Site, programs
     assert "compute.encode_batch: got 'none'" in ended.stderr
 
 
-@pytest.mark.parametrize("stage", ["encode", "cluster", "invert", "sample", "export", "evaluate", "report", "fit_backbone"])
+@pytest.mark.parametrize(
+    "stage", ["encode", "cluster", "invert", "sample", "export", "evaluate", "report", "fit_backbone"]
+)
 def test_every_program_says_how_it_is_used(stage: str, programs: Programs) -> None:
     ended = programs.stage(stage, "--help").wait()
     assert ended.code == 0

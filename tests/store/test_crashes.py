@@ -114,7 +114,11 @@ def test_death_at_any_step_leaves_nothing_or_the_whole(tmp_path: Path, programs:
     assert whole == list(range(whole[0], steps + 1)), "from the rename on, and not before"
     assert len(whole) < steps / 2
     assert support.leftovers(store.root), "what the dead left behind"
-    assert all(path.name.startswith(TEMPORARY) for path in store.root.glob("encode.zarr/ant/*") if path.name not in place_names(steps))
+    assert all(
+        path.name.startswith(TEMPORARY)
+        for path in store.root.glob("encode.zarr/ant/*")
+        if path.name not in place_names(steps)
+    )
 
 
 def place_names(steps: int) -> set[str]:

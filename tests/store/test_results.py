@@ -116,7 +116,9 @@ def test_zarr_itself_can_read_a_result(committed: Store) -> None:
     group = zarr.open_group(str(committed.path(result())), mode="r")
     assert group.attrs["digest"] == result().digest
     for name, array in ARRAYS.items():
-        np.testing.assert_array_equal(np.asarray(zarr.open_array(str(committed.path(result()) / name), mode="r")[...]), array)
+        np.testing.assert_array_equal(
+            np.asarray(zarr.open_array(str(committed.path(result()) / name), mode="r")[...]), array
+        )
 
 
 def test_one_chunk_per_array_and_few_files(committed: Store) -> None:
@@ -143,7 +145,7 @@ def test_nothing_is_shared_between_results(committed: Store) -> None:
     assert found == {Path(r.place).parts for r in (result(), result("bee"), result(seed=1))}
 
 
-@pytest.mark.parametrize("name", ["two words", "käfer", "犬", "n'00 \"q\"", "a.b", "0", "con%20"])
+@pytest.mark.parametrize("name", ["two words", "käfer", "犬", 'n\'00 "q"', "a.b", "0", "con%20"])
 def test_classes_may_have_any_name_that_a_folder_has(name: str, store: Store) -> None:
     store.commit(result(name), ARRAYS, INFO)
     same(store.read(result(name)).arrays, ARRAYS)
@@ -214,7 +216,9 @@ def test_damage_is_noticed(damage: Callable[[Path], Any], committed: Store) -> N
     damaged(committed)
 
 
-@pytest.mark.parametrize("damage", ["missing record", "empty record", "record without content", "record that is a list"])
+@pytest.mark.parametrize(
+    "damage", ["missing record", "empty record", "record without content", "record that is a list"]
+)
 def test_a_damaged_record_is_explained_when_read_alone(damage: str, committed: Store) -> None:
     DAMAGE[damage](committed.path(result()))
     with pytest.raises(StoreError, match="class ant"):

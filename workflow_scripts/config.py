@@ -98,7 +98,7 @@ class Fit(Strict):
 
     vae: FitVAE = FitVAE()
     dit: FitDiT = FitDiT()
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, le=255)] = 0
     checkpoint_every: PositiveInt = Field(
         500, description="steps between checkpoints; a killed fit resumes at the last"
     )
@@ -248,6 +248,14 @@ class ReleasedManifoldTerm(Strict):
     tangent_dim: PositiveInt = 3
     bandwidth: PositiveFloat = 0.1
 
+    @model_validator(mode="after")
+    def _enough(self) -> ReleasedManifoldTerm:
+        if self.neighbours > self.cloud:
+            raise ValueError(
+                f"neighbours ({self.neighbours}) are chosen from the cloud, which has only {self.cloud} points"
+            )
+        return self
+
 
 class CoresetMethod(Strict):
     """Real images of each class, chosen by a rule on their latents."""
@@ -277,6 +285,11 @@ class DiffusionMethod(Strict):
             )
         if self.prototypes is not None and not self.guidance:
             raise ValueError("prototypes are given but no guidance term uses them")
+        terms = [term.term for term in self.guidance]
+        if terms.count("tangent") > 1:
+            raise ValueError("guidance: give one tangent term at most")
+        if "released_manifold" in terms and self.sampler.kind != "ddpm":
+            raise ValueError("guidance: the released_manifold term is defined for sampler.kind ddpm only")
         return self
 
 

@@ -21,8 +21,9 @@ from workflow_scripts.config import (
     RunConfig,
 )
 from workflow_scripts.data.catalog import Catalog
-from workflow_scripts.diffusion.checkpoint import Checkpoint, open_checkpoint
-from workflow_scripts.errors import DataError
+from workflow_scripts.diffusion.checkpoint import TIMESTEPS, Checkpoint, open_checkpoint
+from workflow_scripts.diffusion.schedule import spaced_timesteps
+from workflow_scripts.errors import ConfigError, DataError
 from workflow_scripts.evaluation.protocols import Recipe, hard_label_settings, published_epochs
 from workflow_scripts.store.digests import PREFIX, digest
 from workflow_scripts.store.results import Result, Store
@@ -115,12 +116,8 @@ class Recipes:
             return open_checkpoint(Path(self.config.backbone.path), cache)
         identity = self.fit_digest
         path = self.config.results / "store" / "backbones" / identity[:PREFIX]
-        return Checkpoint(
-            path,
-            digest([identity, "vae"]),
-            digest([identity, "transformer"]),
-            {c: i for i, c in enumerate(self.classes)},
-        )
+        labels = {name: index for index, name in enumerate(self.classes)}
+        return Checkpoint(path, digest([identity, "vae"]), digest([identity, "transformer"]), TIMESTEPS, labels)
 
     @cached_property
     def fit_digest(self) -> str:
@@ -408,11 +405,14 @@ class Recipes:
     # ---------------------------------------------------------------- checks
 
     def check(self) -> None:
-        """Refuse what would fail late: a backbone that does not know a class, an IPC that a class is too small for.
+        """Refuse what would fail late: a start off the grid, a class that the backbone does not know or that is too small.
 
         Raises:
-            DataError, BackboneError: naming the class and the remedy.
+            ConfigError, DataError, BackboneError: naming the key or the class, and the remedy.
         """
+        for name, method in self.config.compared().items():
+            if isinstance(method, DiffusionMethod):
+                self._check_grid(name, method)
         for name in self.classes:
             self.backbone.label_of(name)
             self.catalog.entries(name, "test")
@@ -426,3 +426,17 @@ class Recipes:
                     f"class {name}: has {count} training images, fewer than the {most} that {choosy[0]} needs at IPC {most}. "
                     "Add images, leave the class out with dataset.classes, or lower ipc."
                 )
+
+    def _check_grid(self, name: str, method: DiffusionMethod) -> None:
+        sampler, start = method.sampler, method.start
+        try:
+            grid = spaced_timesteps(self.backbone.timesteps, sampler.steps, sampler.spacing)
+        except ValueError as error:
+            raise ConfigError(f"methods.{name}.sampler: {error}") from None
+        usable = grid[1:-1] if isinstance(start, GaussianStart) and start.legacy_offset else grid[1:]
+        if isinstance(start, GaussianStart) and start.timestep not in usable:
+            nearest = usable[abs(usable - start.timestep).argmin()]
+            raise ConfigError(
+                f"methods.{name}.start.timestep: got {start.timestep}, which is not on the grid of {sampler.steps} steps with "
+                f"spacing {sampler.spacing}; the nearest is {nearest}"
+            )

@@ -49,7 +49,9 @@ def main() -> None:
     settings = Sampler(steps=options.steps)
     grid = respace(abar, options.steps, settings.spacing)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{options.size}, {options.dtype}{', compiled' if options.compile else ''}, {options.steps} CFG steps, {name}")
+    print(
+        f"{options.size}, {options.dtype}{', compiled' if options.compile else ''}, {options.steps} CFG steps, {name}"
+    )
     for batch in options.batch:
         generator = torch.Generator().manual_seed(0)
         start = torch.randn(batch, *shape, generator=generator).to(device)
@@ -71,7 +73,9 @@ def main() -> None:
                 result.sum().item()
                 seconds.append(time.perf_counter() - began)
             best = min(seconds[1:])
-            print(f"batch {batch:4}  {guidance:8} {batch / best:9.2f} images/s  {1000 * best / options.steps:8.2f} ms/step")
+            print(
+                f"batch {batch:4}  {guidance:8} {batch / best:9.2f} images/s  {1000 * best / options.steps:8.2f} ms/step"
+            )
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def test_an_empty_class_is_named(images: Path) -> None:
 
 def test_a_class_without_test_images_is_named(images: Path) -> None:
     shutil.rmtree(images / "test" / "bee")
-    with pytest.raises(DataError, match="class bee: .*test/bee cannot be listed"):
+    with pytest.raises(DataError, match=r"class bee: .*test/bee cannot be listed"):
         catalog(images).entries("bee", "test")
     (images / "test" / "bee").mkdir()
     with pytest.raises(DataError, match="class bee: has no test image"):

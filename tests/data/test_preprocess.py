@@ -131,10 +131,12 @@ def test_nothing_but_bad_images_yields_nothing(source: ImageFolder) -> None:
 
 
 def test_all_classes_are_read_with_their_labels(source: ImageFolder) -> None:
-    spoil(source, 0)
+    (spoilt,) = spoil(source, 0)
+    told: list[BadImage] = []
     entries = {name: source.entries(name, "train") for name in ("bee", "ant")}
-    pixels, labels = load_labelled(source, entries, resolution=16, crop="resize", workers=2, skip_bad=True)
+    pixels, labels = load_labelled(source, entries, resolution=16, crop="resize", workers=2, on_bad=told.append)
     assert (pixels.shape, pixels.dtype, labels.dtype) == ((19, 16, 16, 3), np.uint8, np.int64)
+    assert [bad.path for bad in told] == [spoilt]
     assert labels.tolist() == [0] * 10 + [1] * 9
     np.testing.assert_array_equal(pixels[3], square(source.load(entries["bee"][3], "bee"), 16, "resize"))
     with pytest.raises(BadImage, match="class ant"):

@@ -232,7 +232,7 @@ def test_a_bad_image_is_named_with_its_class_and_the_remedy(
 def test_a_file_that_vanished_is_named(folder: ImageFolder) -> None:
     entry = put(folder, "x.png", PNG)
     Path(entry.path).unlink()
-    with pytest.raises(BadImage, match="x.png"):
+    with pytest.raises(BadImage, match=r"x\.png"):
         folder.load(entry, "ant")
 
 

@@ -6,7 +6,9 @@ import torch
 
 from workflow_scripts.diffusion.noise import batch_noise, normals, seed_for, stream
 
-KEYS = list(itertools.product((0, 1, 11, 2**40), ("n01440764", "n01440765", "1"), (0, 1, 11), ("start", "noise", "group")))
+KEYS = list(
+    itertools.product((0, 1, 11, 2**40), ("n01440764", "n01440765", "1"), (0, 1, 11), ("start", "noise", "group"))
+)
 
 
 def test_streams_differ_by_every_part_and_are_reproducible() -> None:

@@ -223,10 +223,9 @@ def released_rows(n: int = 3) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 
 
 def cloud(term: ReleasedManifold, at: Step, rows: dict[str, torch.Tensor], row: int) -> torch.Tensor:
-    """Build a row's noisy cloud from the specification (1.4) and the draws of the row's own generator."""
-    generator = torch.Generator().manual_seed(int(rows["key"][row]) * 1024 + at.index)
-    unit, noise = torch.randn(2, term.cloud, D, generator=generator).double()
-    uniform = torch.rand(term.cloud - term.cloud // 2, generator=generator).double()
+    """Build a row's noisy cloud as specified (1.4) from the term's own draws for that row."""
+    normals, uniforms = term._draw(at.index, rows["key"][row : row + 1], at.x.flatten(1))
+    unit, noise, uniform = normals[0, 0].double(), normals[0, 1].double(), uniforms[0].double()
     radius = term.radius_at(at.index)
     radii = torch.cat([torch.linspace(0.1, radius, term.cloud // 2, dtype=torch.float64), radius * uniform])
     points = rows["prototype"][row].flatten() + radii[:, None] * unit / unit.norm(dim=1, keepdim=True)
@@ -280,9 +279,6 @@ def test_released_term_does_not_depend_on_batch_mates() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="torch's CPU generator keeps 32 bits of its seed: key * 1024 leaves 22 of the key's 31"
-)
 def test_released_clouds_differ_for_all_keys() -> None:
     rows, x = released_rows(1)
     far = rows | {"key": rows["key"] + 2**22}

@@ -152,9 +152,6 @@ def test_exact_duplicates_end_the_growth(copies: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters", "ignore:Mean of empty slice", "ignore:invalid value")
-@pytest.mark.xfail(
-    strict=True, reason="the mean of three float32 copies is off by rounding, which counts as SSE to split"
-)
 @pytest.mark.parametrize("copies", [3, 7])
 def test_copies_of_an_image_end_the_growth(copies: int) -> None:
     points = np.random.default_rng(0).normal(size=(10, 4, 32, 32)).astype(np.float32)
@@ -238,6 +235,20 @@ def test_nearest_members_are_distinct() -> None:
     assert len(set(kmeans(crowd, 30, 1, 0)[1])) == 30
 
 
+def test_a_latent_nearest_to_two_centroids_serves_once() -> None:
+    """A ring of radius 10, and a clump 9 above its centre: the clump's middle is the nearest latent to both centroids."""
+    angle = np.arange(40)[:, None] * 2 * np.pi / 40
+    ring = 10 * (np.cos(angle) * np.eye(8)[0] + np.sin(angle) * np.eye(8)[1])
+    clump = 9 * np.eye(8)[2] + np.arange(-150, 151)[:, None] / 300 * np.eye(8)[3]
+    points = np.concatenate([ring, clump]).reshape(-1, 2, 2, 2).astype(np.float32)
+    modes, nearest = kmeans(points, 2, 10, 0)
+    assert sorted(modes.sizes) == [40, 301]
+    middle = 40 + 150
+    assert middle in nearest
+    assert set(nearest) <= {middle - 1, middle, middle + 1}
+    assert len(set(nearest)) == 2
+
+
 @pytest.mark.parametrize("pool", [1, 2, 4])
 def test_pooling_averages_blocks(pool: int) -> None:
     points = latents(3)
@@ -270,9 +281,6 @@ def test_pooled_clusters_have_full_means() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters", "ignore:Mean of empty slice", "ignore:invalid value")
-@pytest.mark.xfail(
-    strict=True, reason="k-means of fewer distinct points than k leaves empty clusters, whose means are NaN"
-)
 def test_kmeans_of_duplicates_is_finite_or_refused() -> None:
     points = np.repeat(latents(3), 4, 0)
     try:

@@ -134,6 +134,13 @@ def test_gaussian_rows_are_the_classes_group() -> None:
     assert start_step(chosen, respace(linear_schedule(), 50, "leading")) == 30
 
 
+def test_a_start_beyond_the_grid_is_refused() -> None:
+    late = {"kind": "gaussian", "timestep": 980, "legacy_offset": True}
+    chosen = method(start=late, sampler={"kind": "ddim", "spacing": "leading"})
+    with pytest.raises((ValueError, DataError)):
+        start_step(chosen, respace(linear_schedule(), 50, "leading"))
+
+
 def test_terms_carry_their_settings() -> None:
     chosen = method(
         prototypes={"kind": "leaves"},

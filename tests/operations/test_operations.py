@@ -38,13 +38,7 @@ def test_plan_says_which_classes_are_missing_and_why(copied: support.Site, capsy
     guidance = [{"term": "mode", "scale": 0.7, "stop": 4}]
     changed = recipes_of(copied, {"methods.mgd3.guidance": guidance})
     assert reasons(changed)["sample"] == {"method.guidance.0.scale changed": 3 * 2 * 2}
-    assert set(reasons(changed)) == {
-        "cluster",
-        "sample",
-        "export",
-        "evaluate",
-        "report",
-    }
+    assert set(reasons(changed)) == {"sample", "export", "evaluate", "report"}
 
     support.draw(1, 99).save(copied.train / "bee" / "new.png")
     added = reasons(recipes_of(copied))

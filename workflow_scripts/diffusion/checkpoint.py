@@ -10,6 +10,7 @@ from workflow_scripts.errors import BackboneError
 from workflow_scripts.store.digests import digest, file_digest
 
 LABELS = "labels.json"
+TIMESTEPS = 1000  # diffusers' default, and what fit_backbone trains
 CONFIGS = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 WEIGHTS = ("transformer/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors")
 
@@ -22,12 +23,14 @@ class Checkpoint:
         path: directory in diffusers format.
         vae: identity of the autoencoder: a hash of its content, or of the recipe that will fit it.
         denoiser: identity of the transformer and its noise schedule, likewise.
+        timesteps: length of the training schedule.
         labels: the label index of every class that the backbone was trained on.
     """
 
     path: Path
     vae: str
     denoiser: str
+    timesteps: int
     labels: dict[str, int]
 
     def label_of(self, class_name: str) -> int:
@@ -59,7 +62,11 @@ def open_checkpoint(path: Path, cache: Path) -> Checkpoint:
         part: digest({n: d for n, d in files.items() if n.startswith(part)})
         for part in ("transformer", "vae", "scheduler")
     }
-    return Checkpoint(path, parts["vae"], digest([parts["transformer"], parts["scheduler"]]), read_labels(path))
+    schedule = json.loads((path / "scheduler/scheduler_config.json").read_text())
+    timesteps = int(schedule.get("num_train_timesteps", TIMESTEPS))
+    return Checkpoint(
+        path, parts["vae"], digest([parts["transformer"], parts["scheduler"]]), timesteps, read_labels(path)
+    )
 
 
 def read_labels(path: Path) -> dict[str, int]:

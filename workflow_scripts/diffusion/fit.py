@@ -23,11 +23,9 @@ from tqdm import tqdm
 
 from workflow_scripts.config import Fit, FitDiT, FitVAE
 from workflow_scripts.diffusion.backbone import to_unit
-from workflow_scripts.diffusion.checkpoint import LABELS
+from workflow_scripts.diffusion.checkpoint import LABELS, TIMESTEPS
 from workflow_scripts.diffusion.schedule import Grid
 from workflow_scripts.store.files import write_atomically
-
-TIMESTEPS = 1000
 
 
 def fit_backbone(

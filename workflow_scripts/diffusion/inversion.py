@@ -55,8 +55,10 @@ class Moments:
 
     def update(self, batch: torch.Tensor) -> None:
         """Add a batch (n, ...)."""
-        batch = batch.double()
         n = len(batch)
+        if n == 0:
+            return
+        batch = batch.double()
         mean = batch.mean(0)
         delta = mean - self._mean
         total = self.count + n

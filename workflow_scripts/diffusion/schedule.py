@@ -70,17 +70,23 @@ class Grid:
         return step
 
 
-def respace(abar: np.ndarray, steps: int, spacing: Spacing) -> Grid:
-    """Choose ``steps`` of the T training timesteps.
+def spaced_timesteps(total: int, steps: int, spacing: Spacing) -> np.ndarray:
+    """Choose ``steps`` of ``total`` training timesteps.
 
     ``linspace`` is DiT's own respacing (0, 20, 41, ..., 979, 999 for 50 of 1000); ``leading`` is the default of
     diffusers' DDIM (0, 20, ..., 980).
+
+    Raises:
+        ValueError: if there are not so many.
     """
-    total = len(abar)
     if not 1 < steps <= total:
         raise ValueError(f"{steps} sampling steps: choose 2 to {total}")
     if spacing == "linspace":
-        timesteps = np.round(np.linspace(0, total - 1, steps)).astype(int)
-    else:
-        timesteps = np.arange(steps) * (total // steps)
+        return np.round(np.linspace(0, total - 1, steps)).astype(int)
+    return np.arange(steps) * (total // steps)
+
+
+def respace(abar: np.ndarray, steps: int, spacing: Spacing) -> Grid:
+    """Return the process on ``steps`` of the training timesteps, whose cumulative signal power is ``abar`` (T,)."""
+    timesteps = spaced_timesteps(len(abar), steps, spacing)
     return Grid(timesteps, np.asarray(abar, dtype=np.float64)[timesteps])

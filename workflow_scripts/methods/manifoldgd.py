@@ -143,7 +143,8 @@ class ReleasedManifold:
         """Return each row's directions and noise (n, 2, cloud, D), and its uniform radii (n, cloud - cloud // 2)."""
         normals, uniforms = [], []
         for key in keys.tolist():
-            generator = torch.Generator(x.device).manual_seed(key * 1024 + index)
+            # One-to-one in the key at each step, within the 32 bits of its seed that torch's CPU generator keeps.
+            generator = torch.Generator(x.device).manual_seed((key + index * 2654435761) % 2**32)
             normals.append(torch.randn(2, self.cloud, x.shape[1], generator=generator, device=x.device))
             uniforms.append(torch.rand(self.cloud - self.cloud // 2, generator=generator, device=x.device))
         return torch.stack(normals), torch.stack(uniforms)

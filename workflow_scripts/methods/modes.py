@@ -87,7 +87,7 @@ def grow_tree(latents: np.ndarray, max_leaves: int, restarts: int, seed: int, po
     leaves = {0}
     while len(leaves) < max_leaves:
         node = max(leaves, key=lambda leaf: (sse[leaf], -leaf))
-        if len(members[node]) < 2 or sse[node] <= 1e-12:
+        if sse[node] == 0:  # a single latent, or copies of one
             break
         kmeans = KMeans(2, n_init=restarts, random_state=random.randint(2**31 - 1)).fit(space[members[node]])
         leaves.remove(node)
@@ -101,7 +101,7 @@ def grow_tree(latents: np.ndarray, max_leaves: int, restarts: int, seed: int, po
     member = np.empty(len(flat), dtype=np.int64)
     for leaf in leaves:
         member[members[leaf]] = leaf
-    mean = np.stack([flat[part].mean(0) for part in members])
+    mean = np.stack([_mean(flat[part]) for part in members])
     sizes = np.array([len(part) for part in members])
     return Tree(np.array(parent), np.array(depth), sizes, np.array(sse), mean, member)
 
@@ -111,13 +111,20 @@ def kmeans(latents: np.ndarray, k: int, restarts: int, seed: int, pool: int = 1)
 
     Returns:
         the modes, and the index (k,) of the real latent nearest to each.
+
+    Raises:
+        ValueError: if there are fewer than k distinct latents.
     """
     space = pooled(latents, pool)
     fitted = KMeans(k, n_init=restarts, random_state=seed).fit(space)
     flat = latents.reshape(len(latents), -1)
-    means = np.stack([flat[fitted.labels_ == mode].mean(0) for mode in range(k)])
-    distances = fitted.transform(space)
-    return Modes(means.astype(np.float32), np.bincount(fitted.labels_, minlength=k)), _distinct_nearest(distances)
+    sizes = np.bincount(fitted.labels_, minlength=k)
+    if not sizes.all():
+        raise ValueError(
+            f"its latents form only {np.count_nonzero(sizes)} distinct clusters, fewer than the {k} asked for"
+        )
+    means = np.stack([_mean(flat[fitted.labels_ == mode]) for mode in range(k)])
+    return Modes(means, sizes), _distinct_nearest(fitted.transform(space))
 
 
 def pooled(latents: np.ndarray, pool: int) -> np.ndarray:
@@ -138,5 +145,11 @@ def _distinct_nearest(distances: np.ndarray) -> np.ndarray:
     return np.array(chosen)
 
 
+def _mean(points: np.ndarray) -> np.ndarray:
+    return points.mean(0, dtype=np.float64).astype(np.float32)
+
+
 def _sse(points: np.ndarray) -> float:
-    return float(((points - points.mean(0)) ** 2).sum(dtype=np.float64)) if len(points) else 0.0
+    if (points == points[0]).all():
+        return 0.0
+    return float(((points - points.mean(0, dtype=np.float64)) ** 2).sum())

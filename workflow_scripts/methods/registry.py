@@ -48,10 +48,20 @@ class ClassInputs:
 
 
 def start_step(method: DiffusionMethod, grid: Grid) -> int:
-    """Return the grid step at which a method's sampling starts."""
-    if isinstance(method.start, GaussianStart):
-        return grid.step_of(method.start.timestep) + int(method.start.legacy_offset)
-    return len(grid.timesteps) - 1
+    """Return the grid step at which a method's sampling starts.
+
+    Raises:
+        ValueError: if the grid has no such step.
+    """
+    last = len(grid.timesteps) - 1
+    if not isinstance(method.start, GaussianStart):
+        return last
+    step = grid.step_of(method.start.timestep) + int(method.start.legacy_offset)
+    if step > last:
+        raise ValueError(
+            f"timestep {method.start.timestep} with legacy_offset starts beyond the grid's last step, {last}"
+        )
+    return step
 
 
 def terms_of(method: DiffusionMethod) -> list[Term]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from workflow_scripts.errors import DataError
 from workflow_scripts.methods.modes import grow_tree, kmeans
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import stage_main
@@ -21,7 +22,10 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
 
     def compute(missing: list[Result]) -> Iterator[Computed]:
         for result in missing:
-            yield result, cluster_class(result.recipe, scaled_latents(recipes, result.class_name)), {}
+            try:
+                yield result, cluster_class(result.recipe, scaled_latents(recipes, result.class_name)), {}
+            except ValueError as error:
+                raise DataError(f"class {result.class_name}: {error}. Add distinct images, or lower ipc.") from error
 
     return run_shard(recipes, "cluster", shard, compute)
 

@@ -288,8 +288,6 @@ class DiffusionMethod(Strict):
         terms = [term.term for term in self.guidance]
         if terms.count("tangent") > 1:
             raise ValueError("guidance: give one tangent term at most")
-        if "released_manifold" in terms and self.sampler.kind != "ddpm":
-            raise ValueError("guidance: the released_manifold term is defined for sampler.kind ddpm only")
         return self
 
 
@@ -391,6 +389,13 @@ class RunConfig(Strict):
                 raise ValueError(
                     f"compare names the method {name!r}, which methods does not define: {_one_of(name, self.methods)}"
                 )
+        for name, method in self.compared().items():
+            if (
+                isinstance(method, DiffusionMethod)
+                and method.sampler.kind != "ddpm"
+                and any(isinstance(term, ReleasedManifoldTerm) for term in method.guidance)
+            ):
+                raise ValueError(f"methods.{name}: the released_manifold term is defined for sampler.kind ddpm only")
         for what, values in (("compare", self.compare), ("ipc", self.ipc), ("seeds", self.seeds)):
             if len(set(values)) != len(values):
                 raise ValueError(f"{what} holds a value twice: {list(values)}")

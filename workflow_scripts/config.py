@@ -29,7 +29,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
 class Strict(BaseModel):
     """A frozen section that refuses unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Dataset(Strict):
@@ -134,6 +134,9 @@ class Cluster(Strict):
     split_restarts: PositiveInt = Field(10, description="restarts of each 2-means split")
     pool: PositiveInt = Field(1, description="average-pool latents by this factor for the clustering space")
     seed: int = 0
+
+
+SAMPLERS = ("ddpm", "ddim")
 
 
 class Sampler(Strict):
@@ -316,12 +319,20 @@ class Evaluation(Strict):
     learning_rate: PositiveFloat | None = None
     weight_decay: NonNegativeFloat | None = None
     evaluations: PositiveInt = Field(100, description="how often the test accuracy is measured during a training")
-    crop_scale: tuple[Fraction, Fraction] = Field((0.5, 1.0), description="area range of RandomResizedCrop")
+    crop_scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = Field(
+        (0.5, 1.0), description="area range of RandomResizedCrop"
+    )
     flip: bool = True
     jitter: Fraction = 0.4
     lighting: NonNegativeFloat = 0.1
     cutmix: Fraction = Field(1.0, description="chance of CutMix per batch")
     trainings_per_job: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _range(self) -> Evaluation:
+        if self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError(f"crop_scale: got {list(self.crop_scale)}; the smaller area comes first")
+        return self
 
 
 class Compute(Strict):
@@ -418,18 +429,20 @@ class RunConfig(Strict):
         return {name: self.methods[name] for name in self.compare}
 
     def canonical(self) -> str:
-        """Return the configuration as JSON that :func:`load_resolved` reads back to an equal configuration."""
+        """Return the configuration as JSON that :func:`load_resolved` reads back to an equal one."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1)
 
 
 def merge(base: Any, overlay: Any) -> Any:
     """Overlay nested mappings; any other value replaces what was there.
 
-    A mapping that names another ``kind`` than the one below replaces it whole: the old kind's keys mean nothing to it.
+    A mapping that names another ``kind`` than the one below replaces it whole, because the old kind's keys mean nothing to
+    it; both kinds of sampler have the same keys.
     """
     if not (isinstance(base, Mapping) and isinstance(overlay, Mapping)):
         return overlay
-    if "kind" in overlay and "kind" in base and overlay["kind"] != base["kind"] and "steps" not in base:
+    old, new = base.get("kind"), overlay.get("kind")
+    if old != new and new is not None and old is not None and new not in SAMPLERS:
         return dict(overlay)
     return {**base, **{key: merge(base[key], value) if key in base else value for key, value in overlay.items()}}
 
@@ -440,12 +453,12 @@ def resolve(document: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: with one line per mistake, each naming the key, what it got and what is allowed.
     """
-    runs = document.get("runs") or {}
+    runs = _mapping(document.get("runs"), "runs")
     name = str(document.get("run"))
     if name not in runs:
         raise ConfigError(f"run: there is no run named {name!r}; {_one_of(name, runs)}")
     values: Any = {}
-    for layer in (document.get("defaults") or {}, *_lineage(name, runs)):
+    for layer in (_mapping(document.get("defaults"), "defaults"), *_lineage(name, runs)):
         values = merge(values, {key: value for key, value in layer.items() if key != "extends"})
     overrides = {key: value for key, value in document.items() if key not in ("defaults", "runs")}
     return _validate(merge(values, overrides))
@@ -463,7 +476,7 @@ def load(path: Path, run: str | None = None, overrides: Iterable[str] = (), over
         try:
             nested: Any = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override}: the value is not YAML: {error}") from None
+            raise ConfigError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from None
         for part in reversed(key.split(".")):
             nested = {part: nested}
         document = merge(document, nested)
@@ -479,8 +492,12 @@ def read_document(path: Path, overlays: Iterable[Path] = ()) -> dict[str, Any]:
 
 
 def load_resolved(path: Path) -> RunConfig:
-    """Read a configuration written by :meth:`RunConfig.canonical`."""
-    return _validate(_read_yaml(path))
+    """Read a configuration written by :meth:`RunConfig.canonical`, or a complete one in YAML."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError):
+        values = _read_yaml(path)  # which says what is wrong, if anything is
+    return _validate(values)
 
 
 def _lineage(name: str, runs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -493,10 +510,20 @@ def _lineage(name: str, runs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         if current in seen:
             raise ConfigError(f"runs.{name}.extends goes in a circle: {' -> '.join([*seen, current])}")
         seen.append(current)
-        layer = runs[current] or {}
+        layer = _mapping(runs[current], f"runs.{current}")
         layers.insert(0, layer)
         current = layer.get("extends")
+        if current is not None and not isinstance(current, str):
+            raise ConfigError(f"runs.{seen[-1]}.extends: got {current!r}; give the name of one run")
     return layers
+
+
+def _mapping(value: Any, key: str) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{key}: got {value!r}; expected a mapping of keys to values")
+    return value
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -504,8 +531,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         document = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values")
     return document
@@ -515,7 +542,11 @@ def _validate(values: Any) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(dict.fromkeys(_explain(dict(e), values) for e in error.errors()))) from None
+        errors: list[dict[str, Any]] = [dict(e) for e in error.errors()]
+        # What holds a wrong item is then said to be too short as well.
+        inner = {e["loc"][:-1] for e in errors if e["loc"]}
+        told = [e for e in errors if not (e["type"] == "too_short" and e["loc"] in inner)]
+        raise ConfigError("\n".join(dict.fromkeys(_explain(e, values) for e in told))) from None
 
 
 def _explain(error: dict[str, Any], values: Any) -> str:

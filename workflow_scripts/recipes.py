@@ -7,10 +7,11 @@ the result that its recipe names does not exist.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from workflow_scripts.config import (
     Architecture,
@@ -85,6 +86,23 @@ class Job:
         return f"manifests/{self.stage}/{self.shard}.{self.digest[:PREFIX]}.json"
 
 
+T = TypeVar("T")
+
+
+def remembered(method: Callable[..., T]) -> Callable[..., T]:
+    """Compute a method of Recipes once for the same arguments."""
+
+    @wraps(method)
+    def call(self: Recipes, *arguments: Any) -> T:
+        key = (method.__name__, *arguments)
+        if key not in self._known:
+            self._known[key] = method(self, *arguments)
+        answer: T = self._known[key]
+        return answer
+
+    return call
+
+
 class Recipes:
     """The results and jobs of one run.
 
@@ -98,8 +116,7 @@ class Recipes:
         self.config = config
         self.store = Store(config.results / "store")
         self.catalog = Catalog(config.dataset, config.results / "cache")
-        self._results: dict[tuple[Any, ...], Result] = {}
-        self._jobs: dict[tuple[str, str], Job] = {}
+        self._known: dict[tuple[Any, ...], Any] = {}
 
     @property
     def classes(self) -> list[str]:
@@ -117,7 +134,11 @@ class Recipes:
         identity = self.fit_digest
         path = self.config.results / "store" / "backbones" / identity[:PREFIX]
         labels = {name: index for index, name in enumerate(self.classes)}
-        return Checkpoint(path, digest([identity, "vae"]), digest([identity, "transformer"]), TIMESTEPS, labels)
+        assert self.config.backbone.fit is not None
+        side = self.config.dataset.resolution // 2 ** (len(self.config.backbone.fit.vae.channels) - 1)
+        return Checkpoint(
+            path, digest([identity, "vae"]), digest([identity, "transformer"]), TIMESTEPS, labels, latent_side=side
+        )
 
     @cached_property
     def fit_digest(self) -> str:
@@ -135,6 +156,7 @@ class Recipes:
 
     # ---------------------------------------------------------------- class-level results
 
+    @remembered
     def latents(self, class_name: str) -> Result:
         """The VAE posterior of a class's real images: ``mean`` and ``logvar`` (n, c, h, w) fp16, unscaled."""
         return self._result(
@@ -147,6 +169,7 @@ class Recipes:
             dtype=self.config.compute.dtype,
         )
 
+    @remembered
     def modes(self, class_name: str, method: str, ipc: int) -> Result | None:
         """The clustering that a method's prototypes come from: the class's tree, or its k-means for this IPC."""
         prototypes = getattr(self.config.methods[method], "prototypes", None)
@@ -159,6 +182,7 @@ class Recipes:
             )
         return self._result("cluster", class_name, latents=latents, tree=self.config.cluster.model_dump(mode="json"))
 
+    @remembered
     def gaussian(self, class_name: str, method: str) -> Result | None:
         """The class Gaussian in the inverted domain: ``mean`` and ``variance`` (c, h, w) at the start timestep."""
         chosen = self.config.methods[method]
@@ -187,12 +211,13 @@ class Recipes:
         own = method.start.inversion.cfg_scale
         return method.sampler.cfg_scale if own is None else own
 
+    @remembered
     def samples(self, class_name: str, wanted: SampleSet) -> Result:
-        """The synthetic images of a class: ``images`` (ipc, H, W, 3) uint8 and ``latents`` (ipc, c, h, w) fp16."""
+        """The synthetic images of a class: ``images`` (ipc, H, W, 3) uint8 and ``latents`` (ipc, c, h, w) float32."""
         method = self.config.methods[wanted.method]
         deterministic = isinstance(method, CoresetMethod) and method.select == "herding"
         inputs = {
-            "method": method.model_dump(mode="json", exclude={"summary"}),
+            "method": self._method(wanted.method),
             "ipc": wanted.ipc,
             "seed": 0 if deterministic else wanted.seed,
             "vae": self.backbone.vae,
@@ -211,13 +236,16 @@ class Recipes:
         return self._result("sample", class_name, **inputs)
 
     def _result(self, stage: str, class_name: str, **parts: Any) -> Result:
-        recipe = {"stage": stage, "recipe": RECIPES[stage], "class": class_name, **parts}
-        key = (stage, class_name, digest(parts))
-        return self._results.setdefault(key, Result(stage, class_name, recipe))
+        return Result(stage, class_name, {"stage": stage, "recipe": RECIPES[stage], "class": class_name, **parts})
+
+    @remembered
+    def _method(self, name: str) -> dict[str, Any]:
+        """A method's parameters."""
+        return self.config.methods[name].model_dump(mode="json", exclude={"summary"})
 
     @property
     def _preprocessing(self) -> dict[str, Any]:
-        return {key: getattr(self.config.dataset, key) for key in ("resolution", "crop", "on_bad_image")}
+        return {key: getattr(self.config.dataset, key) for key in ("resolution", "crop")}
 
     # ---------------------------------------------------------------- sets and trainings
 
@@ -225,6 +253,7 @@ class Recipes:
         """Return the sets that a method has to provide."""
         return [SampleSet(method, ipc, seed) for ipc in self.config.ipc for seed in self.config.seeds]
 
+    @remembered
     def set_digest(self, wanted: SampleSet) -> str:
         """Return the digest of a set: its classes in label order, and what each is made of."""
         return digest(
@@ -321,6 +350,17 @@ class Recipes:
                 results += [self.samples(name, wanted) for wanted in self.sets(method)]
         return list({result.digest: result for result in results if result is not None}.values())
 
+    def shards_of(self, stage: str) -> list[str]:
+        """Return the names of a stage's jobs."""
+        cells = [(method, ipc) for method in self.config.compare for ipc in self.config.ipc]
+        return {
+            "fit_backbone": ["backbone"],
+            "sample": [f"{method}-{shard}" for method in self.config.compare for shard in self.shards],
+            "export": list(self.config.compare),
+            "evaluate": [shard for cell in cells for shard in self._evaluate_shards(*cell)],
+            "report": ["report"],
+        }.get(stage, self.shards)
+
     def trainings_of(self, shard: str) -> list[Training]:
         """Return the trainings of an evaluate job, whose shards are called METHOD-ipcN-NNN."""
         cell, _, chunk = shard.rpartition("-")
@@ -342,24 +382,25 @@ class Recipes:
         visit(("report", "report"))
         return list(ordered.values())
 
+    @remembered
     def job(self, stage: str, shard: str) -> Job:
         """Return one job.
 
         Its digest covers what it makes, not which jobs come before: those are ordered by ``needs``, and a change in them
         that matters here has changed the digests of what is made here.
         """
-        key = (stage, shard)
-        if key not in self._jobs:
-            content, items, needs = self._describe(stage, shard)
-            name = digest({"stage": stage, "shard": shard, "content": content})
-            self._jobs[key] = Job(stage, shard, name, items, tuple(needs))
-        return self._jobs[key]
+        content, items, needs = self._describe(stage, shard)
+        name = digest({"stage": stage, "shard": shard, "content": content})
+        return Job(stage, shard, name, items, tuple(needs))
 
     def _describe(self, stage: str, shard: str) -> tuple[Any, int, list[tuple[str, str]]]:
         """Return what a job makes, how many class-level results or trainings that is, and which jobs it needs."""
         if stage in CLASS_STAGES:
             results = self.stage_results(stage, shard)
-            return [result.digest for result in results], len(results), self._needs(stage, shard)
+            made = [result.digest for result in results]
+            if stage == "encode":  # a job that must not skip images looks again at classes where some were skipped
+                made.append(self.config.dataset.on_bad_image)
+            return made, len(results), self._needs(stage, shard)
         if stage == "fit_backbone":
             return self.fit_digest, 1, []
         if stage == "export":
@@ -382,7 +423,7 @@ class Recipes:
             mode="json", exclude={"results": True, "dataset": {"root", "test_root"}, "backbone": {"path"}}
         )
         content = {"recipe": RECIPES["report"], "config": shown, "trainings": recipes}
-        return content, len(recipes), [("evaluate", shard) for cell in cells for shard in self._evaluate_shards(*cell)]
+        return content, len(recipes), [("evaluate", shard) for shard in self.shards_of("evaluate")]
 
     def _needs(self, stage: str, shard: str) -> list[tuple[str, str]]:
         fit = [("fit_backbone", "backbone")] if self.config.backbone.fit is not None else []
@@ -413,6 +454,7 @@ class Recipes:
         for name, method in self.config.compared().items():
             if isinstance(method, DiffusionMethod):
                 self._check_grid(name, method)
+        self._check_shapes()
         for name in self.classes:
             self.backbone.label_of(name)
             self.catalog.entries(name, "test")
@@ -428,9 +470,9 @@ class Recipes:
                 )
 
     def _check_grid(self, name: str, method: DiffusionMethod) -> None:
-        sampler, start = method.sampler, method.start
+        sampler, start, timesteps = method.sampler, method.start, self.backbone.timesteps
         try:
-            grid = spaced_timesteps(self.backbone.timesteps, sampler.steps, sampler.spacing)
+            grid = spaced_timesteps(timesteps, sampler.steps, sampler.spacing)
         except ValueError as error:
             raise ConfigError(f"methods.{name}.sampler: {error}") from None
         usable = grid[1:-1] if isinstance(start, GaussianStart) and start.legacy_offset else grid[1:]
@@ -440,3 +482,19 @@ class Recipes:
                 f"methods.{name}.start.timestep: got {start.timestep}, which is not on the grid of {sampler.steps} steps with "
                 f"spacing {sampler.spacing}; the nearest is {nearest}"
             )
+
+    def _check_shapes(self) -> None:
+        """Refuse images and clustering spaces that do not fit the backbone."""
+        backbone, resolution = self.backbone, self.config.dataset.resolution
+        if backbone.resolution is not None and backbone.resolution != resolution:
+            raise ConfigError(
+                f"dataset.resolution: got {resolution}, but backbone {backbone.path} takes {backbone.resolution} pixels"
+            )
+        pools = {"cluster": self.config.cluster.pool}
+        for name, method in self.config.compared().items():
+            if isinstance(prototypes := getattr(method, "prototypes", None), KMeansPrototypes):
+                pools[f"methods.{name}.prototypes"] = prototypes.pool
+        for place, pool in pools.items():
+            if backbone.latent_side is not None and backbone.latent_side % pool:
+                side = backbone.latent_side
+                raise ConfigError(f"{place}.pool: got {pool}, which does not divide the {side}x{side} latents")

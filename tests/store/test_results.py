@@ -13,7 +13,7 @@ import pytest
 import zarr
 
 from workflow_scripts.errors import StoreError
-from workflow_scripts.store.digests import PREFIX, digest, file_digest
+from workflow_scripts.store.digests import PREFIX, digest, file_digests
 from workflow_scripts.store.files import write_atomically
 from workflow_scripts.store.results import Result, Store, checksum
 
@@ -284,14 +284,14 @@ def test_a_files_digest_is_that_of_its_bytes(size: int, tmp_path: Path) -> None:
     for content in (bytes(size), b"\1" * size, b"\1" * (size + 1)):
         path.write_bytes(content)
         for _ in range(2):
-            assert file_digest(path, tmp_path / "cache") == hashlib.sha256(content).hexdigest()
+            assert file_digests([path], tmp_path / "cache")[0] == hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize("note", ["", "{", "[]", '{"seen": 3}', '{"sha256": 3}', "null"])
 def test_a_damaged_note_of_a_files_digest_does_no_harm(note: str, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(3 << 20))
-    first = file_digest(path, tmp_path / "cache")
+    first = file_digests([path], tmp_path / "cache")[0]
     (kept,) = (tmp_path / "cache").iterdir()
     kept.write_text(note)
-    assert file_digest(path, tmp_path / "cache") == first
+    assert file_digests([path], tmp_path / "cache")[0] == first

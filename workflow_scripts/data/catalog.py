@@ -8,7 +8,7 @@ from pathlib import Path
 from workflow_scripts.config import Dataset
 from workflow_scripts.data.sources import ImageEntry, Source, Split, open_source
 from workflow_scripts.errors import DataError
-from workflow_scripts.store.digests import digest, file_digest
+from workflow_scripts.store.digests import digest, file_digests
 
 
 class Catalog:
@@ -49,9 +49,8 @@ class Catalog:
         return entries
 
     def _fingerprint(self, class_name: str, split: Split) -> str:
-        return digest([self._identify(entry) for entry in self.entries(class_name, split)])
-
-    def _identify(self, entry: ImageEntry) -> list[str | int]:
+        entries = self.entries(class_name, split)
         if self.dataset.source == "digits" or self.dataset.fingerprint == "stat":
-            return [entry.key, entry.size, entry.mtime_ns]
-        return [entry.key, file_digest(Path(entry.path), self._cache)]
+            return digest([[entry.key, entry.size, entry.mtime_ns] for entry in entries])
+        hashes = file_digests([Path(entry.path) for entry in entries], self._cache)
+        return digest([[entry.key, sha256] for entry, sha256 in zip(entries, hashes, strict=True)])

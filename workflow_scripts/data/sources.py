@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from workflow_scripts.config import Dataset
 from workflow_scripts.errors import DataError
@@ -112,10 +112,39 @@ class ImageFolder:
         """Decode one file to RGB, upright according to its EXIF orientation."""
         try:
             with Image.open(entry.path) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return to_rgb(image)
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             reason = "zero bytes" if entry.size == 0 else f"cannot be decoded ({error})"
             raise BadImage(entry.path, class_name, reason) from None
+
+
+# EXIF 2.3, tag Orientation: how to turn the stored picture upright.
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decode an image of any mode to 8-bit RGB, upright according to its EXIF orientation.
+
+    The orientation is applied here because Pillow's ``exif_transpose`` also rewrites the other tags and stumbles on wrong ones.
+    """
+    image.load()
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # unreadable EXIF raises whatever its parser stumbles on; the picture itself is fine
+        turn = None
+    if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    image = image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
 
 
 class Digits:

@@ -66,7 +66,7 @@ class Denoiser:
     def load(cls, path: Path, device: torch.device, dtype: torch.dtype, *, compiled: bool = False) -> Denoiser:
         """Load ``path/transformer`` from safetensors and the constants of ``path/scheduler``."""
         model = _load(DiTTransformer2DModel, path / "transformer", dtype)
-        schedule = DDIMScheduler.from_pretrained(path / "scheduler", local_files_only=True)
+        schedule = _load(DDIMScheduler, path / "scheduler")
         if schedule.config.prediction_type != "epsilon":
             raise BackboneError(
                 f"{path / 'scheduler'}: predicts {schedule.config.prediction_type}; only epsilon prediction is supported"
@@ -113,8 +113,9 @@ def to_unit(pixels: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _load(kind: Any, path: Path, dtype: torch.dtype) -> Any:
+def _load(kind: Any, path: Path, dtype: torch.dtype | None = None) -> Any:
+    weights = {} if dtype is None else {"torch_dtype": dtype, "use_safetensors": True}
     try:
-        return kind.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        return kind.from_pretrained(path, local_files_only=True, **weights)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as error:
         raise BackboneError(f"{path}: cannot be loaded as {kind.__name__} ({error})") from error

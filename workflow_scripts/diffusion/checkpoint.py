@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from workflow_scripts.errors import BackboneError
-from workflow_scripts.store.digests import digest, file_digest
+from workflow_scripts.store.digests import digest, file_digests
 
 LABELS = "labels.json"
 TIMESTEPS = 1000  # diffusers' default, and what fit_backbone trains
@@ -25,6 +26,8 @@ class Checkpoint:
         denoiser: identity of the transformer and its noise schedule, likewise.
         timesteps: length of the training schedule.
         labels: the label index of every class that the backbone was trained on.
+        latent_side: side of the square latents, if known.
+        resolution: side in pixels of the square images, if known.
     """
 
     path: Path
@@ -32,6 +35,8 @@ class Checkpoint:
     denoiser: str
     timesteps: int
     labels: dict[str, int]
+    latent_side: int | None = None
+    resolution: int | None = None
 
     def label_of(self, class_name: str) -> int:
         """Return a class's label index in the backbone."""
@@ -57,19 +62,32 @@ def open_checkpoint(path: Path, cache: Path) -> Checkpoint:
                 f"backbone.path: {path / name} is missing. A backbone is a directory in diffusers format with "
                 f"transformer/, vae/, scheduler/ (weights as safetensors) and {LABELS}, the class names in label order."
             )
-    files = {name: file_digest(path / name, cache) for name in (*CONFIGS, *WEIGHTS)}
     parts = {
-        part: digest({n: d for n, d in files.items() if n.startswith(part)})
+        part: digest(file_digests([path / name for name in (*CONFIGS, *WEIGHTS) if name.startswith(part)], cache))
         for part in ("transformer", "vae", "scheduler")
     }
-    schedule = json.loads((path / "scheduler/scheduler_config.json").read_text())
+    schedule = _read_json(path / "scheduler/scheduler_config.json", dict)
     timesteps = int(schedule.get("num_train_timesteps", TIMESTEPS))
-    return Checkpoint(
-        path, parts["vae"], digest([parts["transformer"], parts["scheduler"]]), timesteps, read_labels(path)
-    )
+    denoiser = digest([parts["transformer"], parts["scheduler"]])
+    side = _read_json(path / "transformer/config.json", dict).get("sample_size")
+    levels = len(_read_json(path / "vae/config.json", dict).get("block_out_channels", ()))
+    resolution = side * 2 ** (levels - 1) if side and levels else None
+    return Checkpoint(path, parts["vae"], denoiser, timesteps, read_labels(path), side, resolution)
 
 
 def read_labels(path: Path) -> dict[str, int]:
     """Read the class names of a backbone in label order."""
-    names = json.loads((path / LABELS).read_text())
+    names = _read_json(path / LABELS, list)
+    if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        raise BackboneError(f"{path / LABELS}: must be a list of distinct class names, in label order")
     return {name: index for index, name in enumerate(names)}
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(content, kind):
+        raise BackboneError(f"{path}: must hold a JSON {'object' if kind is dict else 'list'}")
+    return content

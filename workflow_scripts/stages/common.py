@@ -64,6 +64,9 @@ def stage_main(stage: str, doc: str | None, work: Callable[[Recipes, str], Mappi
     try:
         config = read_config(arguments)
         recipes = Recipes(config)
+        known = recipes.shards_of(stage)
+        if arguments.shard not in known:
+            raise StillhouseError(f"this run has no such job; it has {', '.join(known[:10]) or 'none of this stage'}")
         job = recipes.job(stage, arguments.shard)
         _expect(job, config.results, arguments.manifest)
         content = work(recipes, arguments.shard)

@@ -21,6 +21,8 @@ from workflow_scripts.store.results import Result
 def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     """Encode one shard."""
     config = recipes.config
+    if config.dataset.on_bad_image == "fail":
+        _refuse_skipped(recipes, shard)
     quiet_libraries()
     device = pick_device(config.compute.device)
 
@@ -30,6 +32,13 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
             yield result, *encode_class(recipes, autoencoder, result.class_name)
 
     return run_shard(recipes, "encode", shard, compute, str(device))
+
+
+def _refuse_skipped(recipes: Recipes, shard: str) -> None:
+    """Raise for latents of an earlier run that left out images which this run must not leave out."""
+    for result in recipes.stage_results("encode", shard):
+        if recipes.store.exists(result) and (skipped := recipes.store.record(result)["skipped"]):
+            raise BadImage(skipped[0]["path"], result.class_name, skipped[0]["reason"])
 
 
 def encode_class(

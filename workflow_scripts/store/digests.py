@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,27 @@ def digest(recipe: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def file_digest(path: Path, cache: Path) -> str:
-    """Return the SHA-256 of a file's bytes, remembered in ``cache`` by path, size and mtime."""
-    stat = path.stat()
-    seen = [os.fspath(path.resolve()), stat.st_size, stat.st_mtime_ns]
-    note = cache / f"{digest(seen[0])[:PREFIX]}.json"
+def file_digests(paths: Sequence[Path], cache: Path) -> list[str]:
+    """Return the SHA-256 of files' bytes, remembered in ``cache`` by path, size and mtime.
+
+    Files that are asked for together are remembered together, in one note named after the first one's folder.
+    """
+    note = cache / f"{digest(os.fspath(paths[0].parent.resolve()))[:PREFIX]}.json" if paths else cache
     try:
-        known = json.loads(note.read_text())
-        if known["seen"] == seen:
-            return str(known["sha256"])
-    except (OSError, ValueError, KeyError):
-        pass
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if stat.st_size > 1 << 20:  # hashing a smaller file costs no more than looking it up
-        write_atomically(note, json.dumps({"seen": seen, "sha256": sha256}))
-    return sha256
+        content = json.loads(note.read_text())
+        known: dict[str, Any] = content if isinstance(content, dict) else {}
+    except (OSError, ValueError):
+        known = {}
+    seen: dict[str, Any] = {}
+    for path in paths:
+        stat = path.stat()
+        state = [stat.st_size, stat.st_mtime_ns]
+        remembered = known.get(path.name)
+        if isinstance(remembered, list) and len(remembered) == 3 and remembered[:2] == state:
+            seen[path.name] = remembered
+        else:
+            with path.open("rb") as file:
+                seen[path.name] = [*state, hashlib.file_digest(file, "sha256").hexdigest()]
+    if seen != known:
+        write_atomically(note, json.dumps(seen))
+    return [str(seen[path.name][2]) for path in paths]

@@ -50,7 +50,15 @@ def explain_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+        if error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EROFS,
+            errno.EACCES,
+            errno.ENOTDIR,
+            errno.EEXIST,
+        ):
             raise StoreError(
                 f"{path}: cannot be written ({error.strerror}). Nothing already stored is harmed: free some space "
                 "(`stillhouse gc` lists what no run needs) or point `results` elsewhere, then run the same command again."

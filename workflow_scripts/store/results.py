@@ -111,12 +111,7 @@ class Store:
                     json.dumps({"zarr_format": 3, "node_type": "group", "attributes": record})
                 )
                 _sync_tree(temporary)
-                try:
-                    temporary.rename(final)
-                except OSError:
-                    if not self.exists(result):
-                        raise
-                    shutil.rmtree(temporary)
+                _rename_unless_there(temporary, final)
                 sync_directory(final.parent)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -135,7 +130,7 @@ class Store:
             record = self.record(result)
             wanted = names or tuple(record["checksums"])
             arrays = {name: np.asarray(zarr.open_array(str(path / name), mode="r")[...]) for name in wanted}
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             raise StoreError(
                 f"{path}: {result.stage} of class {result.class_name} cannot be read ({error!r}). {_REMEDY}"
             ) from error
@@ -147,8 +142,23 @@ class Store:
         return Stored(arrays, record)
 
     def record(self, result: Result) -> dict[str, Any]:
-        """Read a result's record alone."""
-        record: dict[str, Any] = json.loads((self.path(result) / RECORD).read_text())["attributes"]
+        """Read a result's record alone.
+
+        Raises:
+            StoreError: if it is not there, is damaged, or is that of another result.
+        """
+        path = self.path(result)
+        try:
+            record: dict[str, Any] = json.loads((path / RECORD).read_text())["attributes"]
+            found = record["digest"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{path}: {result.stage} of class {result.class_name} cannot be read ({error!r}). {_REMEDY}"
+            ) from error
+        if found != result.digest:
+            raise StoreError(
+                f"{path}: holds another result than {result.stage} of class {result.class_name}. {_REMEDY}"
+            )
         return record
 
     def everything(self) -> Iterator[Path]:
@@ -166,6 +176,20 @@ def checksum(array: np.ndarray) -> str:
     sha256 = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
     sha256.update(np.ascontiguousarray(array).data)
     return sha256.hexdigest()
+
+
+def _rename_unless_there(temporary: Path, final: Path) -> None:
+    """Rename a whole result into place; one that is there already stays, the remains of a damaged one do not."""
+    try:
+        temporary.rename(final)
+    except OSError:
+        if (final / RECORD).exists():
+            shutil.rmtree(temporary)
+        elif final.exists():
+            final.rename(final.parent / f"{TEMPORARY}remains.{uuid.uuid4().hex}")
+            _rename_unless_there(temporary, final)
+        else:
+            raise
 
 
 def _sync_tree(root: Path) -> None:

@@ -1,7 +1,6 @@
 # What the rules share: the validated configuration, the plan of the run, and functions of the plan.
 
 import sys
-from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.enums import RerunTrigger
@@ -9,7 +8,7 @@ from snakemake.settings.enums import RerunTrigger
 from workflow_scripts.config import resolve
 from workflow_scripts.errors import StillhouseError
 from workflow_scripts.recipes import Recipes
-from workflow_scripts.stages.common import write_resolved
+from workflow_scripts.stages.common import machine_has_gpu, write_resolved
 from workflow_scripts.stages.publish import publish
 from workflow_scripts.store.digests import digest
 
@@ -31,7 +30,7 @@ if workflow.dag_settings is not None:
     workflow.dag_settings.rerun_triggers = frozenset({RerunTrigger.MTIME})
 
 # Jobs that use a GPU claim one, and locally one at a time may have it unless --resources gpu=N says otherwise.
-HAS_GPU = RUN.compute.device != "cpu" and (workflow.non_local_exec or any(Path("/dev").glob("nvidia[0-9]*")))
+HAS_GPU = RUN.compute.device != "cpu" and (workflow.non_local_exec or machine_has_gpu())
 if workflow.local_exec and HAS_GPU and "gpu" not in workflow.global_resources:
     workflow.global_resources["gpu"] = 1
 

@@ -43,6 +43,11 @@ def write_resolved(config: RunConfig, path: Path) -> None:
         write_atomically(path, text)
 
 
+def machine_has_gpu() -> bool:
+    """Say whether this machine has an NVIDIA GPU, without importing torch."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
 def stage_main(stage: str, doc: str | None, work: Callable[[Recipes, str], Mapping[str, Any]], shards: str) -> None:
     """Run a stage's program: parse the command line, do one job's work, write its manifest.
 

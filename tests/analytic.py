@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from workflow_scripts.config import FitDiT
-from workflow_scripts.diffusion.backbone import Denoiser
+from workflow_scripts.diffusion.backbone import Denoiser, open_label_embeddings
 from workflow_scripts.diffusion.fit import build_dit
 from workflow_scripts.diffusion.schedule import Grid
 
@@ -77,9 +77,17 @@ class Mixture:
         return abar * self.std**2 + 1 - abar
 
     def predict(
-        self, x: torch.Tensor, timestep: int, labels: torch.Tensor, *, cfg_scale: float, cfg_channels: int
+        self,
+        x: torch.Tensor,
+        timestep: int,
+        labels: torch.Tensor,
+        *,
+        cfg_scale: float,
+        cfg_channels: int,
+        null: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Answer as Denoiser.predict does."""
+        """Answer as Denoiser.predict does, for labels."""
+        assert null is None
         self.calls.append(timestep)
         eps = torch.empty_like(x)
         for label in labels.unique().tolist():
@@ -150,4 +158,6 @@ def _random_dit(classes: int, side: int) -> nn.Module:
 
 def dit_denoiser(classes: int = 3, side: int = 8) -> Denoiser:
     """Return a Denoiser around a two-layer DiT with random weights, in which every row of a batch meets real kernels."""
-    return Denoiser(copy.deepcopy(_random_dit(classes, side)), linear_schedule(), classes, (4, side, side), CPU)
+    model = copy.deepcopy(_random_dit(classes, side))
+    table = open_label_embeddings(model)
+    return Denoiser(model, linear_schedule(), classes, (4, side, side), CPU, table)

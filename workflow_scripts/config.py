@@ -32,12 +32,21 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class Generate(Strict):
+    """How many images a made-up source makes for each class, and from which seed."""
+
+    train: PositiveInt = 1000
+    test: PositiveInt = 200
+    seed: NonNegativeInt = 0
+
+
 class Dataset(Strict):
     """Where the real images are, and how each becomes a square of ``resolution`` pixels."""
 
-    source: Literal["digits", "imagefolder"] = Field(
-        description="digits ships with scikit-learn; imagefolder is root/class/*.png"
+    source: Literal["digits", "digits-photo", "imagefolder"] = Field(
+        description="digits ships with scikit-learn; digits-photo paints them over photographs; imagefolder is root/class/*.png"
     )
+    generate: Generate = Field(Generate(), description="how many images digits-photo makes")
     root: Path | None = Field(None, description="training images, one folder per class (imagefolder)")
     test_root: Path | None = Field(None, description="held-out images in the same layout (imagefolder)")
     classes: tuple[str, ...] | None = Field(
@@ -188,6 +197,53 @@ class GaussianStart(Strict):
     inversion: Inversion = Inversion()
 
 
+class PrototypeStart(Strict):
+    """Start from each image's prototype, noised to a timestep (D4M)."""
+
+    kind: Literal["prototype"]
+    timestep: PositiveInt = Field(700, description="how far the prototype is noised; 700 of 1000 is D4M's strength 0.7")
+
+
+class ClassLabels(Strict):
+    """Tell the network the class's label, as it was trained."""
+
+    kind: Literal["class"] = "class"
+
+
+class SoftLabelSchedule(Strict):
+    """Tell the network a label that sharpens while sampling goes on (DMGD, semantic matching). Defaults as in the code."""
+
+    kind: Literal["soft"]
+    explore_above: PositiveInt = Field(900, description="timestep above which the class is not told at all")
+    refine_below: PositiveInt = Field(500, description="timestep from which on the plain label is told")
+    noise: NonNegativeFloat = Field(0.06, description="beta_n, amount of noise in the label")
+    other: NonNegativeFloat = Field(0.01, description="beta_s, amount of another class's label")
+    law: Literal["uniform", "gaussian"] = Field(
+        "uniform", description="of the noise: the code's U[0, 1), or the paper's N(0, 1)"
+    )
+    mixing: Literal["variance", "linear"] = Field(
+        "variance", description="weight of what is mixed in: sqrt(1 - s) as in the code, or 1 - sqrt(s) as in the paper"
+    )
+    null_label: Literal["mixed", "plain"] = Field(
+        "mixed", description="mix into the null label too, as the code does, or not"
+    )
+    renormalise: bool = Field(
+        True, description="restore mean and spread of the embeddings after mixing, as the code does"
+    )
+    other_while_exploring: bool = Field(
+        False, description="mix the other class in while exploring too, as in the paper"
+    )
+    pool: Literal["run", "backbone"] = Field(
+        "run", description="other classes to draw from: the run's, or all the backbone knows"
+    )
+
+    @model_validator(mode="after")
+    def _order(self) -> SoftLabelSchedule:
+        if self.explore_above <= self.refine_below:
+            raise ValueError(f"explore_above ({self.explore_above}) must be above refine_below ({self.refine_below})")
+        return self
+
+
 class KMeansPrototypes(Strict):
     """k-means with k = IPC (MGD3)."""
 
@@ -260,6 +316,37 @@ class ReleasedManifoldTerm(Strict):
         return self
 
 
+class TransportTerm(Strict):
+    """Optimal transport from a class's images to its k-means masses (DMGD, distribution matching). Defaults as published."""
+
+    term: Literal["transport"]
+    scale: NonNegativeFloat = Field(
+        0.5, description="rho; with unit_gradient the pull per step, in standard deviations"
+    )
+    window: tuple[NonNegativeInt, NonNegativeInt] = Field((30, 45), description="step indices, both included")
+    targets: PositiveInt = Field(10, description="K, k-means masses that stand for the class, whatever the IPC")
+    restarts: PositiveInt = Field(1, description="of that k-means")
+    seed: int = Field(0, description="of that k-means")
+    epsilon: PositiveFloat = Field(0.1, description="entropic regularisation, in units of the chord distance")
+    sweeps: PositiveInt = Field(5, description="Sinkhorn iterations")
+    log_domain: bool = Field(False, description="iterate on potentials: needed where epsilon is small")
+    unit_gradient: bool = Field(
+        False, description="scale each gradient to length sqrt(D), so that it does not fade with IPC"
+    )
+    differentiate_plan: bool = Field(
+        False, description="back-propagate through the iterations, as the code does; the paper does not"
+    )
+    matching: Literal["greedy", "synchronous"] = Field(
+        "greedy", description="images of a class one after another, as published, or all at once"
+    )
+
+    @model_validator(mode="after")
+    def _order(self) -> TransportTerm:
+        if self.window[0] > self.window[1]:
+            raise ValueError(f"window: got {list(self.window)}; the lower step comes first")
+        return self
+
+
 class CoresetMethod(Strict):
     """Real images of each class, chosen by a rule on their latents."""
 
@@ -272,29 +359,152 @@ class DiffusionMethod(Strict):
     """Images sampled from the backbone: start latents, prototypes, and a sum of guidance terms."""
 
     kind: Literal["diffusion"]
-    start: Annotated[NoiseStart | GaussianStart, Field(discriminator="kind")] = NoiseStart()
+    start: Annotated[NoiseStart | GaussianStart | PrototypeStart, Field(discriminator="kind")] = NoiseStart()
+    labels: Annotated[ClassLabels | SoftLabelSchedule, Field(discriminator="kind")] = ClassLabels()
     prototypes: (
         Annotated[KMeansPrototypes | LeafPrototypes | MultiscalePrototypes, Field(discriminator="kind")] | None
     ) = None
-    guidance: tuple[Annotated[ModeTerm | TangentTerm | ReleasedManifoldTerm, Field(discriminator="term")], ...] = ()
+    guidance: tuple[
+        Annotated[ModeTerm | TangentTerm | ReleasedManifoldTerm | TransportTerm, Field(discriminator="term")], ...
+    ] = ()
     sampler: Sampler = Sampler()
     summary: str = ""
 
     @model_validator(mode="after")
     def _prototypes(self) -> DiffusionMethod:
-        if self.guidance and self.prototypes is None:
-            raise ValueError(
-                "guidance pulls towards prototypes: name them (prototypes: kind: kmeans, leaves or multiscale)"
-            )
-        if self.prototypes is not None and not self.guidance:
-            raise ValueError("prototypes are given but no guidance term uses them")
         terms = [term.term for term in self.guidance]
-        if terms.count("tangent") > 1:
-            raise ValueError("guidance: give one tangent term at most")
+        pulled = [name for name in terms if name != "transport"]
+        starts = isinstance(self.start, PrototypeStart)
+        if (pulled or starts) and self.prototypes is None:
+            raise ValueError(
+                f"{'guidance pulls towards' if pulled else 'start noises'} prototypes: name them "
+                "(prototypes: kind: kmeans, leaves or multiscale)"
+            )
+        if self.prototypes is not None and not pulled and not starts:
+            raise ValueError("prototypes are given, but neither start nor a guidance term uses them")
+        for name in ("tangent", "transport"):
+            if terms.count(name) > 1:
+                raise ValueError(f"guidance: give one {name} term at most")
         return self
 
 
-Method = Annotated[CoresetMethod | DiffusionMethod, Field(discriminator="kind")]
+class Residual(Strict):
+    """What LD3M's reverse process is pulled to, with a weight w that decays along it. Defaults as in the released code."""
+
+    target: Literal["x0", "mean"] = Field(
+        "x0", description="what is blended: the predicted clean latent, or the mean of the reverse step (the paper's eq. 7)"
+    )
+    source: Literal["quantised", "latent", "noised"] = Field(
+        "quantised", description="with what: the quantised start latent (itself for KL), itself, or its noised state (eq. 7)"
+    )
+    schedule: Literal["index", "literal"] = Field(
+        "index", description="w: j/(S-1), from 1 to exactly 0; or the paper's t/T, from 1 to 1/S"
+    )
+    strength: Fraction = Field(1.0, description="factor of w; 0 is plain sampling")
+
+
+class Chain(Strict):
+    """LD3M's short differentiable reverse process, on the grid 1, 1 + k, 1 + 2k, ... with k = T // steps."""
+
+    steps: Annotated[int, Field(ge=2)] = 10
+    update: Literal["ddim", "ddpm"] = Field("ddim", description="DDIM with eta 0 as in the code, or DDPM as in the paper")
+    ddpm_noise: Literal["deviation", "variance"] = Field(
+        "deviation", description="factor of DDPM's noise: sigma, or sigma^2 as eq. 7 is printed"
+    )
+    cfg_scale: NonNegativeFloat = 3.0
+    residual: Residual = Residual()
+    noise: Literal["fixed", "resample"] = Field(
+        "fixed", description="an image's start noise: always the same, or drawn anew in each iteration"
+    )
+    clamp: Literal["straight_through", "hard"] = Field(
+        "straight_through",
+        description="gradient of pixels beyond [-1, 1]: passed on, or zero as published, which leaves them there",
+    )
+
+
+DSA_OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
+DSAOperation = Literal["color", "crop", "cutout", "flip", "scale", "rotate"]
+
+
+class Objective(Strict):
+    """What all objectives of matching have: learning rates, students and augmentation."""
+
+    lr_latents: NonNegativeFloat
+    lr_embeddings: NonNegativeFloat
+    width: PositiveInt = Field(128, description="channels of the ConvNet that compares images; its depth follows the resolution")
+    dsa: tuple[DSAOperation, ...] = Field(DSA_OPERATIONS, description="one of these augmentations per batch; empty: none")
+
+
+class DCObjective(Objective):
+    """Gradient matching at random networks (DC). Learning rates as published for LD3M."""
+
+    kind: Literal["dc"]
+    lr_latents: NonNegativeFloat = 0.1
+    lr_embeddings: NonNegativeFloat = 0.1
+    batch_real: PositiveInt = 256
+
+
+class DMObjective(Objective):
+    """Matching of mean features of random networks (DM). Learning rates as published for LD3M."""
+
+    kind: Literal["dm"]
+    lr_latents: NonNegativeFloat = 1.0
+    lr_embeddings: NonNegativeFloat = 1.0
+    batch_real: PositiveInt = 256
+
+
+class Experts(Strict):
+    """Trainings on the real images, whose trajectories MTT follows."""
+
+    count: PositiveInt = Field(100, description="the code's readme has 5000, of 10 MB each at 128 pixels")
+    learning_rate: PositiveFloat = 0.01
+    batch_size: PositiveInt = 256
+
+
+class MTTObjective(Objective):
+    """Trajectory matching (MTT). Learning rates, epochs and steps as published for LD3M."""
+
+    kind: Literal["mtt"]
+    lr_latents: NonNegativeFloat = 1000.0
+    lr_embeddings: NonNegativeFloat = 1000.0
+    max_start: PositiveInt = Field(2, description="students start at an expert's epoch 0 to max_start - 1")
+    expert_epochs: PositiveInt = Field(2, description="M, epochs of the expert that a student is to cover")
+    student_steps: PositiveInt = Field(10, description="N, steps that it has for that")
+    batch_synthetic: PositiveInt | None = Field(None, description="images per student step; default: all")
+    student_lr: PositiveFloat = Field(0.01, description="beta at the start; it is learned")
+    lr_student_lr: NonNegativeFloat = 1e-6
+    gradient: Literal["tesla", "unrolled"] = Field(
+        "tesla", description="each student step's parameters taken as constant, or the graph of all steps (MTT)"
+    )
+    halve_gradient: bool = Field(False, description="halve the images' gradient, as a slip in the released code does")
+    experts: Experts = Experts()
+
+    @property
+    def epochs_read(self) -> int:
+        """Return the last epoch of an expert that is ever looked at."""
+        return self.max_start - 1 + self.expert_epochs
+
+
+class MatchingMethod(Strict):
+    """Latents and class embeddings, learned through the denoiser by matching real images (LD3M)."""
+
+    kind: Literal["matching"]
+    objective: Annotated[DCObjective | DMObjective | MTTObjective, Field(discriminator="kind")]
+    chain: Chain = Chain()
+    initial: Literal["real", "noise"] = Field("real", description="start from latents of real images, or from white noise")
+    iterations: PositiveInt = 10_000
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    legacy_colour: bool = Field(
+        False, description="normalise synthetic images with another mean than real ones, as the released code does"
+    )
+    chunk: PositiveInt = Field(10, description="images denoised at once; changes results by rounding only")
+    checkpointing: bool = Field(True, description="recompute activations in the backward pass: a third slower, far less memory")
+    checkpoint_every: PositiveInt = Field(100, description="iterations between checkpoints, at which a killed job resumes")
+    experts_per_job: PositiveInt = 10
+    summary: str = ""
+
+
+Method = Annotated[CoresetMethod | DiffusionMethod | MatchingMethod, Field(discriminator="kind")]
 
 
 class Architecture(Strict):
@@ -424,7 +634,7 @@ class RunConfig(Strict):
             )
         return self
 
-    def compared(self) -> dict[str, CoresetMethod | DiffusionMethod]:
+    def compared(self) -> dict[str, CoresetMethod | DiffusionMethod | MatchingMethod]:
         """Return the compared methods by name, in the order given."""
         return {name: self.methods[name] for name in self.compare}
 

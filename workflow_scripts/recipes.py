@@ -19,11 +19,16 @@ from workflow_scripts.config import (
     DiffusionMethod,
     GaussianStart,
     KMeansPrototypes,
+    MatchingMethod,
+    MTTObjective,
+    PrototypeStart,
     RunConfig,
+    SoftLabelSchedule,
+    TransportTerm,
 )
 from workflow_scripts.data.catalog import Catalog
 from workflow_scripts.diffusion.checkpoint import TIMESTEPS, Checkpoint, open_checkpoint
-from workflow_scripts.diffusion.schedule import spaced_timesteps
+from workflow_scripts.diffusion.schedule import offset_timesteps, spaced_timesteps
 from workflow_scripts.errors import ConfigError, DataError
 from workflow_scripts.evaluation.protocols import Recipe, hard_label_settings, published_epochs
 from workflow_scripts.store.digests import PREFIX, digest
@@ -35,13 +40,20 @@ RECIPES = {
     "encode": 1,
     "cluster": 1,
     "invert": 1,
+    "experts": 1,
     "sample": 1,
+    "match": 1,
     "export": 1,
     "evaluate": 1,
     "report": 1,
 }
 PROTOCOLS = {"hard-sgd": partial(hard_label_settings, "sgd"), "hard-adamw": partial(hard_label_settings, "adamw")}
-CLASS_STAGES = ("encode", "cluster", "invert", "sample")
+CLASS_STAGES = ("encode", "cluster", "invert", "experts", "sample", "match")
+# What of a matching method changes how long it takes, or is in the digests of its experts.
+_MATTERS_OF_SPEED: dict[str, Any] = {
+    **dict.fromkeys(("summary", "chunk", "checkpointing", "checkpoint_every", "experts_per_job"), True),
+    "objective": {"experts"},
+}
 
 
 @dataclass(frozen=True)
@@ -170,17 +182,24 @@ class Recipes:
         )
 
     @remembered
-    def modes(self, class_name: str, method: str, ipc: int) -> Result | None:
-        """The clustering that a method's prototypes come from: the class's tree, or its k-means for this IPC."""
-        prototypes = getattr(self.config.methods[method], "prototypes", None)
-        if prototypes is None:
-            return None
-        latents = self.latents(class_name).digest
-        if isinstance(prototypes, KMeansPrototypes):
-            return self._result(
-                "cluster", class_name, latents=latents, kmeans=prototypes.model_dump(mode="json"), k=ipc
-            )
-        return self._result("cluster", class_name, latents=latents, tree=self.config.cluster.model_dump(mode="json"))
+    def clusterings(self, class_name: str, method: str, ipc: int) -> dict[str, Result]:
+        """What a method needs of a class's clusters at an IPC: ``prototypes``, ``targets`` of transport, both or neither."""
+        chosen = self.config.methods[method]
+        if not isinstance(chosen, DiffusionMethod):
+            return {}
+        needed: dict[str, dict[str, Any]] = {}
+        if isinstance(chosen.prototypes, KMeansPrototypes):
+            needed["prototypes"] = {"kmeans": chosen.prototypes.model_dump(mode="json"), "k": ipc}
+        elif chosen.prototypes is not None:
+            needed["prototypes"] = {"tree": self.config.cluster.model_dump(mode="json")}
+        for term in chosen.guidance:
+            if isinstance(term, TransportTerm):
+                like = KMeansPrototypes(kind="kmeans", restarts=term.restarts, seed=term.seed)
+                needed["targets"] = {"kmeans": like.model_dump(mode="json"), "k": term.targets}
+        return {
+            use: self._result("cluster", class_name, latents=self.latents(class_name).digest, **what)
+            for use, what in needed.items()
+        }
 
     @remembered
     def gaussian(self, class_name: str, method: str) -> Result | None:
@@ -215,6 +234,8 @@ class Recipes:
     def samples(self, class_name: str, wanted: SampleSet) -> Result:
         """The synthetic images of a class: ``images`` (ipc, H, W, 3) uint8 and ``latents`` (ipc, c, h, w) float32."""
         method = self.config.methods[wanted.method]
+        if isinstance(method, MatchingMethod):
+            return self._matched(class_name, wanted, method)
         deterministic = isinstance(method, CoresetMethod) and method.select == "herding"
         inputs = {
             "method": self._method(wanted.method),
@@ -227,13 +248,109 @@ class Recipes:
             inputs |= {"latents": self.latents(class_name).digest}
         else:
             inputs |= {"label": self.backbone.label_of(class_name), "denoiser": self.backbone.denoiser}
-            modes, gaussian = (
-                self.modes(class_name, wanted.method, wanted.ipc),
-                self.gaussian(class_name, wanted.method),
-            )
-            inputs |= {"modes": modes.digest} if modes else {}
+            clusterings = self.clusterings(class_name, wanted.method, wanted.ipc)
+            inputs |= {use: result.digest for use, result in clusterings.items()}
+            gaussian = self.gaussian(class_name, wanted.method)
             inputs |= {"gaussian": gaussian.digest} if gaussian else {}
+            others = self.other_labels(class_name, method)
+            inputs |= {"others": others} if others else {}
         return self._result("sample", class_name, **inputs)
+
+    def _matched(self, class_name: str, wanted: SampleSet, method: MatchingMethod) -> Result:
+        """What matching makes of a class, and, for trajectories, of all classes together, of which this is one's part.
+
+        To ``images`` and ``latents`` come what was learned: ``learned_latents``, ``embeddings`` (ipc, P, E) and, for
+        trajectories, the student's ``learning_rate``.
+        """
+        together = isinstance(method.objective, MTTObjective)
+        inputs: dict[str, Any] = {
+            "method": method.model_dump(mode="json", exclude=_MATTERS_OF_SPEED),
+            "ipc": wanted.ipc,
+            "seed": wanted.seed,
+            "vae": self.backbone.vae,
+            "denoiser": self.backbone.denoiser,
+            "label": self.backbone.label_of(class_name),
+            "dtype": self.config.compute.dtype,
+            "latents": self._all_latents if together else self.latents(class_name).digest,
+        }
+        if method.objective.kind == "dc":  # its students tell the run's classes apart
+            inputs["student_label"] = [self.classes.index(class_name), len(self.classes)]
+        if together:
+            inputs["experts"] = digest([expert.digest for expert in self.experts(wanted.method)])
+        return self._result("match", class_name, **inputs)
+
+    @cached_property
+    def _all_latents(self) -> str:
+        return digest([[name, self.latents(name).digest] for name in self.classes])
+
+    @remembered
+    def experts(self, method: str) -> list[Result]:
+        """The trainings on real images that a method follows: ``trajectory`` (epochs + 1, P) float32 each."""
+        chosen = self.config.methods[method]
+        if not (isinstance(chosen, MatchingMethod) and isinstance(chosen.objective, MTTObjective)):
+            return []
+        objective = chosen.objective
+        shared = {
+            "images": self._train_fingerprint,
+            "preprocessing": self._preprocessing,
+            "width": objective.width,
+            "dsa": list(objective.dsa),
+            "epochs": objective.epochs_read,
+            **objective.experts.model_dump(mode="json", exclude={"count"}),
+        }
+        return [
+            self._result("experts", f"expert-{number:04d}", number=number, **shared)
+            for number in range(objective.experts.count)
+        ]
+
+    @cached_property
+    def _train_fingerprint(self) -> str:
+        return digest([[name, self.catalog.fingerprint(name, "train")] for name in self.classes])
+
+    def expert_jobs(self, method: str) -> list[str]:
+        """Return the jobs that train a method's experts, called after the first compared method that has the same ones."""
+        wanted = {expert.digest for expert in self.experts(method)}
+        if not wanted:
+            return []
+        owner = next(n for n in self.config.compare if wanted <= {expert.digest for expert in self.experts(n)})
+        count = -(-len(wanted) // self._experts_per_job(owner))
+        return [f"{owner}-{number:03d}" for number in range(count)]
+
+    def _experts_per_job(self, method: str) -> int:
+        chosen = self.config.methods[method]
+        assert isinstance(chosen, MatchingMethod)
+        return chosen.experts_per_job
+
+    def checkpoint(self, shard: str) -> Path:
+        """Return the file from which a killed job of ``match`` resumes, named after what the job makes."""
+        made = digest([result.digest for result in self.stage_results("match", shard)])
+        return self.store.root / "match.checkpoints" / f"{made[:PREFIX]}.safetensors"
+
+    def match_jobs(self, method: str) -> list[str]:
+        """Return a matching method's jobs, METHOD-ipcK-seedS-NNN: one per shard, or one alone if classes hang together."""
+        chosen = self.config.methods[method]
+        if not isinstance(chosen, MatchingMethod):
+            return []
+        shards = ["000"] if isinstance(chosen.objective, MTTObjective) else self.shards
+        return [f"{method}-ipc{s.ipc}-seed{s.seed}-{shard}" for s in self.sets(method) for shard in shards]
+
+    def match_set(self, shard: str) -> tuple[SampleSet, list[str]]:
+        """Return the set that a job of ``match`` works on, and its classes."""
+        name, _, number = shard.rpartition("-")
+        cell, _, seed = name.rpartition("-seed")
+        method, _, ipc = cell.rpartition("-ipc")
+        chosen = self.config.methods[method]
+        assert isinstance(chosen, MatchingMethod)
+        together = isinstance(chosen.objective, MTTObjective)
+        return SampleSet(method, int(ipc), int(seed)), self.classes if together else self.shard_classes(number)
+
+    def other_labels(self, class_name: str, method: DiffusionMethod) -> list[int]:
+        """Return the labels that may be mixed into a class's own: those of the run, or all that the backbone knows."""
+        if not isinstance(method.labels, SoftLabelSchedule) or method.labels.other == 0:
+            return []
+        own = self.backbone.label_of(class_name)
+        pool = self.classes if method.labels.pool == "run" else self.backbone.labels
+        return sorted({self.backbone.label_of(name) for name in pool} - {own})
 
     def _result(self, stage: str, class_name: str, **parts: Any) -> Result:
         return Result(stage, class_name, {"stage": stage, "recipe": RECIPES[stage], "class": class_name, **parts})
@@ -337,13 +454,21 @@ class Recipes:
 
     def stage_results(self, stage: str, shard: str) -> list[Result]:
         """Return what a job of a class-level stage makes; the shards of ``sample`` are called METHOD-NNN."""
+        if stage == "match":
+            wanted, classes = self.match_set(shard)
+            return [self.samples(name, wanted) for name in classes]
         method, _, number = shard.rpartition("-")
+        if stage == "experts":
+            size = self._experts_per_job(method)
+            return self.experts(method)[int(number) * size :][:size]
         results: list[Result | None] = []
         for name in self.shard_classes(number):
             if stage == "encode":
                 results.append(self.latents(name))
             elif stage == "cluster":
-                results += [self.modes(name, m, ipc) for m in self.config.compare for ipc in self.config.ipc]
+                for compared in self.config.compare:
+                    for ipc in self.config.ipc:
+                        results += self.clusterings(name, compared, ipc).values()
             elif stage == "invert":
                 results += [self.gaussian(name, m) for m in self.config.compare]
             else:
@@ -355,7 +480,14 @@ class Recipes:
         cells = [(method, ipc) for method in self.config.compare for ipc in self.config.ipc]
         return {
             "fit_backbone": ["backbone"],
-            "sample": [f"{method}-{shard}" for method in self.config.compare for shard in self.shards],
+            "experts": list(dict.fromkeys(job for method in self.config.compare for job in self.expert_jobs(method))),
+            "sample": [
+                f"{name}-{shard}"
+                for name, method in self.config.compared().items()
+                if not isinstance(method, MatchingMethod)
+                for shard in self.shards
+            ],
+            "match": [job for method in self.config.compare for job in self.match_jobs(method)],
             "export": list(self.config.compare),
             "evaluate": [shard for cell in cells for shard in self._evaluate_shards(*cell)],
             "report": ["report"],
@@ -408,7 +540,7 @@ class Recipes:
             return (
                 [self.set_directory(wanted).name for wanted in sets],
                 len(sets),
-                [("sample", f"{shard}-{n}") for n in self.shards],
+                [("match", job) for job in self.match_jobs(shard)] or [("sample", f"{shard}-{n}") for n in self.shards],
             )
         if stage == "evaluate":
             trainings = self.trainings_of(shard)
@@ -429,13 +561,21 @@ class Recipes:
         fit = [("fit_backbone", "backbone")] if self.config.backbone.fit is not None else []
         if stage == "encode":
             return fit
+        if stage == "experts":
+            return []
+        if stage == "match":
+            wanted, _ = self.match_set(shard)
+            experts = [("experts", job) for job in self.expert_jobs(wanted.method)]
+            shards = self.shards if experts else [shard.rpartition("-")[2]]
+            return [*(("encode", number) for number in shards), *experts]
         if stage != "sample":
             return [("encode", shard)]
         name, _, number = shard.rpartition("-")
         method = self.config.methods[name]
         if isinstance(method, CoresetMethod):
             return [("encode", number)]
-        needs = [("cluster", number)] if method.prototypes is not None else []
+        clustered = method.prototypes is not None or any(isinstance(term, TransportTerm) for term in method.guidance)
+        needs = [("cluster", number)] if clustered else []
         needs += [("invert", number)] if isinstance(method.start, GaussianStart) else []
         return needs or fit
 
@@ -454,20 +594,32 @@ class Recipes:
         for name, method in self.config.compared().items():
             if isinstance(method, DiffusionMethod):
                 self._check_grid(name, method)
+            elif isinstance(method, MatchingMethod):
+                try:
+                    offset_timesteps(self.backbone.timesteps, method.chain.steps)
+                except ValueError as error:
+                    raise ConfigError(f"methods.{name}.chain: {error}") from None
         self._check_shapes()
         for name in self.classes:
             self.backbone.label_of(name)
             self.catalog.entries(name, "test")
-        choosy = [
-            n for n, m in self.config.compared().items() if isinstance(m, CoresetMethod) or m.prototypes is not None
-        ]
-        most = max(self.config.ipc)
-        for name in self.classes if choosy else []:
+        most, needing = max(
+            ((self._images_needed(m), n) for n, m in self.config.compared().items()), key=lambda need: need[0]
+        )
+        for name in self.classes if most else []:
             if (count := len(self.catalog.entries(name, "train"))) < most:
                 raise DataError(
-                    f"class {name}: has {count} training images, fewer than the {most} that {choosy[0]} needs at IPC {most}. "
-                    "Add images, leave the class out with dataset.classes, or lower ipc."
+                    f"class {name}: has {count} training images, fewer than the {most} that {needing} needs at IPC "
+                    f"{max(self.config.ipc)}. Add images, leave the class out with dataset.classes, or lower ipc."
                 )
+
+    def _images_needed(self, method: CoresetMethod | DiffusionMethod | MatchingMethod) -> int:
+        """Return how many real images of a class a method cannot do without."""
+        most = max(self.config.ipc)
+        if isinstance(method, CoresetMethod | MatchingMethod):
+            return most
+        targets = [term.targets for term in method.guidance if isinstance(term, TransportTerm)]
+        return max([0 if method.prototypes is None else most, *targets])
 
     def _check_grid(self, name: str, method: DiffusionMethod) -> None:
         sampler, start, timesteps = method.sampler, method.start, self.backbone.timesteps
@@ -476,7 +628,7 @@ class Recipes:
         except ValueError as error:
             raise ConfigError(f"methods.{name}.sampler: {error}") from None
         usable = grid[1:-1] if isinstance(start, GaussianStart) and start.legacy_offset else grid[1:]
-        if isinstance(start, GaussianStart) and start.timestep not in usable:
+        if isinstance(start, GaussianStart | PrototypeStart) and start.timestep not in usable:
             nearest = usable[abs(usable - start.timestep).argmin()]
             raise ConfigError(
                 f"methods.{name}.start.timestep: got {start.timestep}, which is not on the grid of {sampler.steps} steps with "

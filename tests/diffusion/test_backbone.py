@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from workflow_scripts.config import FitVAE
-from workflow_scripts.diffusion.backbone import Autoencoder, Denoiser, to_unit
+from workflow_scripts.diffusion.backbone import Autoencoder, Denoiser, open_label_embeddings, to_unit
 from workflow_scripts.diffusion.fit import build_vae
 from workflow_scripts.errors import BackboneError
 
@@ -224,3 +224,48 @@ def test_encoding_does_not_depend_on_the_batch(saved: Path) -> None:
         alone, _ = autoencoder.encode(pixels[row : row + 1])
         torch.testing.assert_close(mean[row : row + 1], alone, rtol=1e-4, atol=1e-5)
     assert autoencoder.decode(mean * autoencoder.scaling_factor).shape == (5, 16, 16, 3)
+
+
+# ---------------------------------------------------------------- label embeddings
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_labels_embedding_stands_for_the_label(scale: float) -> None:
+    """To the bit; a table per block, as in diffusers' DiT, and one table for all, as in converted checkpoints."""
+    own = dit_denoiser(3)
+    shared = dit_denoiser(3)
+    first = shared.model.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
+    for block in shared.model.transformer_blocks:
+        block.norm1.emb.class_embedder.embedding_table.weight = first
+    shared.label_table = open_label_embeddings(shared.model)
+    for denoiser, tables in ((own, len(own.model.transformer_blocks)), (shared, 1)):
+        labels = torch.tensor([2, 0, 1])
+        assert denoiser.embed(labels).shape[:2] == (3, tables)
+        x = WIDE[:3]
+        plain, _ = denoiser.predict(x, 400, labels, cfg_scale=scale, cfg_channels=3)
+        told, _ = denoiser.predict(x, 400, denoiser.embed(labels), cfg_scale=scale, cfg_channels=3)
+        assert torch.equal(plain, told)
+        null = denoiser.embed(torch.full_like(labels, denoiser.null_label))
+        again, _ = denoiser.predict(x, 400, labels, cfg_scale=scale, cfg_channels=3)
+        given, _ = denoiser.predict(x, 400, denoiser.embed(labels), cfg_scale=scale, cfg_channels=3, null=null)
+        assert torch.equal(again, given)
+
+
+def test_another_null_embedding_moves_the_guidance() -> None:
+    denoiser = dit_denoiser(3)
+    labels = torch.tensor([2, 0, 1])
+    table = denoiser.embed(labels)
+    eps, _ = denoiser.predict(WIDE[:3], 400, table, cfg_scale=3.0, cfg_channels=3, null=table)
+    own, _ = denoiser.predict(WIDE[:3], 400, labels, cfg_scale=1.0, cfg_channels=3)
+    torch.testing.assert_close(eps, own)
+
+
+def test_gradients_reach_the_latents_and_the_embeddings() -> None:
+    denoiser = dit_denoiser(3)
+    x = WIDE[:3].clone().requires_grad_()
+    table = denoiser.embed(torch.tensor([2, 0, 1])).detach().requires_grad_()
+    eps, _ = denoiser.predict(x, 400, table, cfg_scale=3.0, cfg_channels=3)
+    eps.square().sum().backward()
+    for grad in (x.grad, table.grad):
+        assert grad is not None
+        assert bool((grad.flatten(1).abs().sum(1) > 0).all())

@@ -266,6 +266,9 @@ class Spy:
     value: float = 0.0
     steps: list[Step] = field(default_factory=list)
 
+    def acts_at(self, index: int) -> bool:
+        return index > self.stop
+
     def __call__(self, step: Step, rows: Rows) -> torch.Tensor:
         self.steps.append(step)
         return torch.full_like(step.x0, self.value)

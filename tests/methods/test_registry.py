@@ -41,26 +41,27 @@ def inputs(**options: object) -> ClassInputs:
 PLAIN = method()
 MGD3 = method(prototypes={"kind": "kmeans"}, guidance=[{"term": "mode"}])
 TANGENT = method(prototypes={"kind": "multiscale", "start_depth": 1}, guidance=[{"term": "tangent", "neighbours": 8}])
+GRID = respace(linear_schedule(), 50, "linspace")
 RELEASED = method(prototypes={"kind": "leaves"}, guidance=[{"term": "mode"}, {"term": "released_manifold"}])
 
 
 def test_plain_rows_start_from_each_images_own_noise() -> None:
-    rows = prepare_rows(PLAIN, inputs(), 5, 3, CPU)
+    rows = prepare_rows(PLAIN, inputs(), GRID, 5, 3, CPU)
     assert set(rows) == {"start"}
     expected = torch.cat([batch_noise([stream(3, "cat", index, "start")], *SHAPE) for index in range(5)])
     assert torch.equal(rows["start"], expected)
-    assert torch.equal(prepare_rows(PLAIN, inputs(), 1, 3, CPU)["start"], expected[:1])
-    assert not torch.allclose(prepare_rows(PLAIN, inputs(), 5, 4, CPU)["start"], expected)
-    other = prepare_rows(PLAIN, ClassInputs("dog", SHAPE), 5, 3, CPU)["start"]
+    assert torch.equal(prepare_rows(PLAIN, inputs(), GRID, 1, 3, CPU)["start"], expected[:1])
+    assert not torch.allclose(prepare_rows(PLAIN, inputs(), GRID, 5, 4, CPU)["start"], expected)
+    other = prepare_rows(PLAIN, ClassInputs("dog", SHAPE), GRID, 5, 3, CPU)["start"]
     assert not torch.allclose(other, expected)
 
 
 def test_all_noise_methods_share_start_and_noise() -> None:
     """So that methods are compared on the same noise (specification 8, item 5)."""
     modes = asdict(kmeans(LATENTS, 4, 1, 0)[0])
-    mgd3 = prepare_rows(MGD3, inputs(modes=modes), 4, 0, CPU)
-    released = prepare_rows(RELEASED, inputs(modes=TREE), 4, 0, CPU)
-    plain = prepare_rows(PLAIN, inputs(), 4, 0, CPU)
+    mgd3 = prepare_rows(MGD3, inputs(modes=modes), GRID, 4, 0, CPU)
+    released = prepare_rows(RELEASED, inputs(modes=TREE), GRID, 4, 0, CPU)
+    plain = prepare_rows(PLAIN, inputs(), GRID, 4, 0, CPU)
     assert torch.equal(mgd3["start"], plain["start"])
     assert torch.equal(released["start"], plain["start"])
 
@@ -78,7 +79,7 @@ def test_prototypes_of_each_kind() -> None:
         assert got is not None
         np.testing.assert_array_equal(got.means, expected.means)
         np.testing.assert_array_equal(got.sizes, expected.sizes)
-        rows = prepare_rows(chosen, inputs(modes=given, latents=LATENTS), 4, 0, CPU)
+        rows = prepare_rows(chosen, inputs(modes=given, latents=LATENTS), GRID, 4, 0, CPU)
         np.testing.assert_array_equal(rows["prototype"].numpy(), expected.means.reshape(4, *SHAPE))
 
 
@@ -94,7 +95,7 @@ def test_tangent_rows(neighbourhood: str) -> None:
         prototypes={"kind": "leaves"},
         guidance=[{"term": "tangent", "neighbours": 8, "neighbourhood": neighbourhood, "tangent_variance": 0.8}],
     )
-    rows = prepare_rows(chosen, inputs(modes=TREE, latents=LATENTS), 5, 0, CPU)
+    rows = prepare_rows(chosen, inputs(modes=TREE, latents=LATENTS), GRID, 5, 0, CPU)
     leaves = grow_tree(LATENTS, 12, 1, 0).leaves(5)
     sizes = torch.from_numpy(leaves.sizes) if neighbourhood == "cluster" else torch.full((5,), 30)
     basis, centre = tangent_spaces(
@@ -108,13 +109,13 @@ def test_tangent_rows(neighbourhood: str) -> None:
 def test_bases_of_small_classes_are_padded_to_collate() -> None:
     chosen = method(prototypes={"kind": "kmeans"}, guidance=[{"term": "tangent", "neighbours": 64}])
     small = LATENTS[:3]
-    rows = prepare_rows(chosen, inputs(modes=asdict(kmeans(small, 2, 1, 0)[0]), latents=small), 2, 0, CPU)
+    rows = prepare_rows(chosen, inputs(modes=asdict(kmeans(small, 2, 1, 0)[0]), latents=small), GRID, 2, 0, CPU)
     assert rows["basis"].shape == (2, 64, 64)
     assert float(rows["basis"][:, :, 3:].abs().max()) == 0
 
 
 def test_released_rows_have_a_key_per_image() -> None:
-    rows = prepare_rows(RELEASED, inputs(modes=TREE), 4, 7, CPU)
+    rows = prepare_rows(RELEASED, inputs(modes=TREE), GRID, 4, 7, CPU)
     assert rows["key"].tolist() == [seed_for(7, "cat", index, "cloud") for index in range(4)]
     assert rows["key"].device.type == "cpu"
 
@@ -126,7 +127,7 @@ def test_gaussian_rows_are_the_classes_group() -> None:
         "variance": random.uniform(1, 2, SHAPE).astype(np.float32),
     }
     chosen = method(start={"kind": "gaussian"}, sampler={"kind": "ddim", "spacing": "leading"})
-    rows = prepare_rows(chosen, inputs(gaussian=gaussian), 6, 2, CPU)
+    rows = prepare_rows(chosen, inputs(gaussian=gaussian), GRID, 6, 2, CPU)
     mean, variance = (torch.from_numpy(gaussian[key]).double() for key in ("mean", "variance"))
     expected = draw_group(mean, variance, 6, chosen.start, stream(2, "cat", 0, "group"))  # type: ignore[arg-type]
     assert torch.equal(rows["start"], expected)

@@ -227,9 +227,9 @@ def test_a_deleted_result_is_made_again_alone_and_the_same(copied: Site) -> None
     run_jobs(copied.config())
     checksums, before = support.checksums(copied.results), support.stored(copied.results)
     recipes = Recipes(copied.config())
-    modes = recipes.modes("bee", "mgd3", 3)
+    modes = recipes.clusterings("bee", "mgd3", 3)["prototypes"]
     gaussian = recipes.gaussian("cat", "d3hr")
-    assert modes is not None and gaussian is not None
+    assert gaussian is not None
     wanted = [recipes.samples("cat", SampleSet(name, 3, 1)) for name in ("mgd3", "random", "d3hr")]
     for result in (recipes.latents("bee"), modes, gaussian, *wanted):
         forget(copied, result.place)

@@ -50,7 +50,7 @@ class Catalog:
 
     def _fingerprint(self, class_name: str, split: Split) -> str:
         entries = self.entries(class_name, split)
-        if self.dataset.source == "digits" or self.dataset.fingerprint == "stat":
+        if self.dataset.source != "imagefolder" or self.dataset.fingerprint == "stat":
             return digest([[entry.key, entry.size, entry.mtime_ns] for entry in entries])
         hashes = file_digests([Path(entry.path) for entry in entries], self._cache)
         return digest([[entry.key, sha256] for entry, sha256 in zip(entries, hashes, strict=True)])

@@ -66,6 +66,10 @@ def open_source(dataset: Dataset) -> Source:
     """Return the source that a dataset section describes."""
     if dataset.source == "digits":
         return Digits()
+    if dataset.source == "digits-photo":
+        from workflow_scripts.data.digits_photo import DigitsPhoto  # which builds on Digits
+
+        return DigitsPhoto(**dataset.generate.model_dump())
     assert dataset.root is not None and dataset.test_root is not None  # the configuration saw to that
     return ImageFolder(dataset.root, dataset.test_root)
 

@@ -12,8 +12,8 @@ from workflow_scripts.store.digests import digest, file_digests
 
 LABELS = "labels.json"
 TIMESTEPS = 1000  # diffusers' default, and what fit_backbone trains
-CONFIGS = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-WEIGHTS = ("transformer/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors")
+CLASS_EMBEDDING = "class_embedding.safetensors"  # of a U-Net: "weight" (classes + 1, E), the last row for no class
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Checkpoint:
     Attributes:
         path: directory in diffusers format.
         vae: identity of the autoencoder: a hash of its content, or of the recipe that will fit it.
-        denoiser: identity of the transformer and its noise schedule, likewise.
+        denoiser: identity of the transformer or U-Net and its noise schedule, likewise.
         timesteps: length of the training schedule.
         labels: the label index of every class that the backbone was trained on.
         latent_side: side of the square latents, if known.
@@ -56,23 +56,54 @@ def open_checkpoint(path: Path, cache: Path) -> Checkpoint:
     Raises:
         BackboneError: naming the file that is missing.
     """
-    for name in (*CONFIGS, *WEIGHTS, LABELS):
+    network = denoiser_of(path)
+    parts = {
+        "vae": [f"vae/{name}" for name in ("config.json", WEIGHTS)],
+        network: [f"{network}/{name}" for name in ("config.json", WEIGHTS)],
+        "scheduler": ["scheduler/scheduler_config.json"],
+    }
+    if network == "unet":
+        parts["class embedding"] = [CLASS_EMBEDDING]
+    for name in (*sorted(sum(parts.values(), [])), LABELS):
         if not (path / name).is_file():
             raise BackboneError(
-                f"backbone.path: {path / name} is missing. A backbone is a directory in diffusers format with "
-                f"transformer/, vae/, scheduler/ (weights as safetensors) and {LABELS}, the class names in label order."
+                f"backbone.path: {path / name} is missing. A backbone is a directory in diffusers format with transformer/ "
+                f"(or unet/ and {CLASS_EMBEDDING}), vae/, scheduler/ (weights as safetensors) and {LABELS}, the class names in "
+                "label order."
             )
-    parts = {
-        part: digest(file_digests([path / name for name in (*CONFIGS, *WEIGHTS) if name.startswith(part)], cache))
-        for part in ("transformer", "vae", "scheduler")
-    }
+    identity = {part: digest(file_digests([path / name for name in names], cache)) for part, names in parts.items()}
     schedule = _read_json(path / "scheduler/scheduler_config.json", dict)
     timesteps = int(schedule.get("num_train_timesteps", TIMESTEPS))
-    denoiser = digest([parts["transformer"], parts["scheduler"]])
-    side = _read_json(path / "transformer/config.json", dict).get("sample_size")
+    denoiser = digest([identity[part] for part in parts if part != "vae"])
+    side = _read_json(path / network / "config.json", dict).get("sample_size")
     levels = len(_read_json(path / "vae/config.json", dict).get("block_out_channels", ()))
     resolution = side * 2 ** (levels - 1) if side and levels else None
-    return Checkpoint(path, parts["vae"], denoiser, timesteps, read_labels(path), side, resolution)
+    return Checkpoint(path, identity["vae"], denoiser, timesteps, read_labels(path), side, resolution)
+
+
+@dataclass(frozen=True)
+class AutoencoderFacts:
+    """What a directory's autoencoder is.
+
+    Attributes:
+        quantises: it is a VQ model.
+        scaling_factor: from its encoder's output to a latent.
+    """
+
+    quantises: bool
+    scaling_factor: float
+
+
+def autoencoder_of(path: Path) -> AutoencoderFacts:
+    """Read which autoencoder a backbone has; diffusers' default for a missing factor is that of Stable Diffusion, VQ's is 1."""
+    config = _read_json(path / "vae/config.json", dict)
+    quantises = config.get("_class_name") == "VQModel"
+    return AutoencoderFacts(quantises, float(config.get("scaling_factor", 1.0 if quantises else 0.18215)))
+
+
+def denoiser_of(path: Path) -> str:
+    """Return the folder of a backbone's denoiser, ``unet`` if there is one, or ``transformer``."""
+    return "unet" if (path / "unet").is_dir() and not (path / "transformer").is_dir() else "transformer"
 
 
 def read_labels(path: Path) -> dict[str, int]:

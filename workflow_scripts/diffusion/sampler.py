@@ -40,14 +40,20 @@ class Step:
 
 
 class Term(Protocol):
-    """A guidance term. It acts while the step index is above ``stop``."""
+    """A guidance term."""
 
-    @property
-    def stop(self) -> int:
-        """The step index at which guidance ends."""
+    def acts_at(self, index: int) -> bool:
+        """Say whether the term acts at a step index."""
 
     def __call__(self, step: Step, rows: Rows) -> torch.Tensor:
         """Return g (n, c, h, w) for the rows of a batch, given what was prepared for each of them."""
+
+
+class LabelSchedule(Protocol):
+    """Conditions that change while sampling goes on."""
+
+    def __call__(self, index: int, timestep: int, rows: Rows) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the embeddings (n, P, E) of the class and the null rows at a step, or None for the plain labels."""
 
 
 @torch.inference_mode()
@@ -61,6 +67,7 @@ def sample(
     noise: torch.Tensor | None,
     terms: Sequence[Term],
     rows: Rows,
+    schedule: LabelSchedule | None = None,
 ) -> torch.Tensor:
     """Denoise a batch from ``start_step`` to clean latents.
 
@@ -71,20 +78,24 @@ def sample(
         start: latents at ``start_step`` (n, c, h, w), float32.
         labels: (n,) int64.
         noise: DDPM's noise (n, start_step + 1, c, h, w); entry i is used at step i. None for DDIM.
-        rows: per-row tensors that the terms prepared, each with n rows.
+        rows: per-row tensors that the terms and the schedule read, each with n rows.
+        schedule: what the network is told in place of the labels.
 
     Returns:
         clean latents (n, c, h, w), float32.
     """
     x = start
     for index in range(start_step, 0 if settings.kind == "ddim" else -1, -1):
+        timestep = int(grid.timesteps[index])
+        condition = None if schedule is None else schedule(index, timestep, rows)
+        told, null = (labels, None) if condition is None else condition
         eps, raw = denoiser.predict(
-            x, int(grid.timesteps[index]), labels, cfg_scale=settings.cfg_scale, cfg_channels=settings.cfg_channels
+            x, timestep, told, cfg_scale=settings.cfg_scale, cfg_channels=settings.cfg_channels, null=null
         )
         abar, abar_next = float(grid.abar[index]), float(grid.abar_previous[index])
         x0 = (x - (1 - abar) ** 0.5 * eps) / abar**0.5
         sigma = _sigma(grid, index, raw, settings, x0)
-        active = [term for term in terms if index > term.stop]
+        active = [term for term in terms if term.acts_at(index)]
         force = (
             sum((term(Step(index, abar, x, x0, sigma), rows) for term in active), torch.zeros(())) if active else None
         )

@@ -86,6 +86,17 @@ def spaced_timesteps(total: int, steps: int, spacing: Spacing) -> np.ndarray:
     return np.arange(steps) * (total // steps)
 
 
+def offset_timesteps(total: int, steps: int) -> np.ndarray:
+    """Choose 1, 1 + k, 1 + 2k, ... with k = total // steps: latent diffusion's DDIM grid, of exactly ``steps`` entries.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    if not 2 <= steps <= total // 2:
+        raise ValueError(f"{steps} sampling steps: choose 2 to {total // 2}")
+    return 1 + np.arange(steps) * (total // steps)
+
+
 def respace(abar: np.ndarray, steps: int, spacing: Spacing) -> Grid:
     """Return the process on ``steps`` of the training timesteps, whose cumulative signal power is ``abar`` (T,)."""
     timesteps = spaced_timesteps(len(abar), steps, spacing)

@@ -29,6 +29,10 @@ class TangentGuidance:
     kappa: float
     normal_pull: float
 
+    def acts_at(self, index: int) -> bool:
+        """Act while the step index is above ``stop``."""
+        return index > self.stop
+
     def __call__(self, step: Step, rows: Rows) -> torch.Tensor:
         """Return the projected pull of each row."""
         pull = rows["prototype"] - step.x0
@@ -106,6 +110,10 @@ class ReleasedManifold:
     neighbours: int
     tangent_dim: int
     bandwidth: float
+
+    def acts_at(self, index: int) -> bool:
+        """Act while the step index is above ``stop``."""
+        return index > self.stop
 
     def __call__(self, step: Step, rows: Rows) -> torch.Tensor:
         """Return b / sigma, so that the sampler adds b itself to the posterior mean."""

@@ -18,6 +18,10 @@ class ModeGuidance:
     scale: float
     stop: int
 
+    def acts_at(self, index: int) -> bool:
+        """Act while the step index is above ``stop``."""
+        return index > self.stop
+
     def __call__(self, step: Step, rows: Rows) -> torch.Tensor:
         """Return the pull of each row's x0 to its prototype."""
         return self.scale * (rows["prototype"] - step.x0)

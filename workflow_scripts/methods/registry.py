@@ -5,7 +5,7 @@ A method is a choice of start latents, prototypes and guidance terms; a new comb
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,14 +17,20 @@ from workflow_scripts.config import (
     KMeansPrototypes,
     LeafPrototypes,
     ModeTerm,
+    NoiseStart,
+    PrototypeStart,
     ReleasedManifoldTerm,
+    SoftLabelSchedule,
     TangentTerm,
+    TransportTerm,
 )
+from workflow_scripts.diffusion.backbone import Denoiser
 from workflow_scripts.diffusion.noise import batch_noise, seed_for, stream
-from workflow_scripts.diffusion.sampler import Term
+from workflow_scripts.diffusion.sampler import LabelSchedule, Term
 from workflow_scripts.diffusion.schedule import Grid
 from workflow_scripts.errors import DataError
 from workflow_scripts.methods.d3hr import draw_group
+from workflow_scripts.methods.dmgd import SoftLabels, TransportGuidance
 from workflow_scripts.methods.manifoldgd import ReleasedManifold, TangentGuidance, tangent_spaces
 from workflow_scripts.methods.mgd3 import ModeGuidance
 from workflow_scripts.methods.modes import Modes, Tree
@@ -36,15 +42,23 @@ class ClassInputs:
 
     Attributes:
         latents: real latents (n, c, h, w), float32, scaled.
-        modes: arrays of its Tree or Modes.
+        modes: arrays of the Tree or the Modes that its prototypes come from.
+        targets: arrays of the Modes that transport leads to.
         gaussian: ``mean`` and ``variance`` (c, h, w) in the inverted domain.
+        label: the backbone's label of the class.
+        others: labels that may be mixed into it.
+        embedding_shape: (P, E) of a label's embedding.
     """
 
     name: str
     shape: tuple[int, int, int]
     latents: np.ndarray | None = None
     modes: Mapping[str, np.ndarray] | None = None
+    targets: Mapping[str, np.ndarray] | None = None
     gaussian: Mapping[str, np.ndarray] | None = None
+    label: int | None = None
+    others: Sequence[int] = ()
+    embedding_shape: tuple[int, int] | None = None
 
 
 def start_step(method: DiffusionMethod, grid: Grid) -> int:
@@ -54,9 +68,12 @@ def start_step(method: DiffusionMethod, grid: Grid) -> int:
         ValueError: if the grid has no such step.
     """
     last = len(grid.timesteps) - 1
-    if not isinstance(method.start, GaussianStart):
+    if isinstance(method.start, NoiseStart):
         return last
-    step = grid.step_of(method.start.timestep) + int(method.start.legacy_offset)
+    step = grid.step_of(method.start.timestep)
+    if isinstance(method.start, PrototypeStart):
+        return step
+    step += int(method.start.legacy_offset)
     if step > last:
         raise ValueError(
             f"timestep {method.start.timestep} with legacy_offset starts beyond the grid's last step, {last}"
@@ -75,7 +92,24 @@ def terms_of(method: DiffusionMethod) -> list[Term]:
                 terms.append(TangentGuidance(term.scale, term.stop, term.kappa, term.normal_pull))
             case ReleasedManifoldTerm():
                 terms.append(ReleasedManifold(steps=method.sampler.steps, **term.model_dump(exclude={"term"})))
+            case TransportTerm():
+                terms.append(TransportGuidance(**term.model_dump(exclude={"term", "targets", "restarts", "seed"})))
     return terms
+
+
+def label_schedule_of(method: DiffusionMethod, denoiser: Denoiser) -> LabelSchedule | None:
+    """Return what a method tells the network in place of its labels, if it does."""
+    return SoftLabels(denoiser, method.labels) if isinstance(method.labels, SoftLabelSchedule) else None
+
+
+def is_greedy(method: DiffusionMethod) -> bool:
+    """Say whether the images of a class are made one after another, each guided by those before it."""
+    return any(isinstance(term, TransportTerm) and term.matching == "greedy" for term in method.guidance)
+
+
+def is_joint(method: DiffusionMethod) -> bool:
+    """Say whether the images of a class are made together, each guided by the others."""
+    return any(isinstance(term, TransportTerm) and term.matching == "synchronous" for term in method.guidance)
 
 
 def needs_latents(method: DiffusionMethod) -> bool:
@@ -106,17 +140,19 @@ def prototypes_of(method: DiffusionMethod, inputs: ClassInputs, ipc: int) -> Mod
 
 
 def prepare_rows(
-    method: DiffusionMethod, inputs: ClassInputs, ipc: int, seed: int, device: torch.device
+    method: DiffusionMethod, inputs: ClassInputs, grid: Grid, ipc: int, seed: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Prepare the rows of one class, IPC and seed.
 
     Returns:
         per-row tensors, each with ``ipc`` rows: ``start`` (ipc, c, h, w), and what the guidance terms read.
     """
-    rows = {"start": _start(method, inputs, ipc, seed).to(device)}
     modes = prototypes_of(method, inputs, ipc)
+    rows = {"start": _start(method, inputs, modes, grid, ipc, seed).to(device)}
     if modes is not None:
         rows["prototype"] = torch.from_numpy(modes.means).to(device).view(ipc, *inputs.shape)
+    if isinstance(method.labels, SoftLabelSchedule):
+        rows |= {key: value.to(device) for key, value in _soft_labels(method.labels, inputs, grid, ipc, seed).items()}
     for term in method.guidance:
         if isinstance(term, TangentTerm):
             assert modes is not None and inputs.latents is not None
@@ -132,12 +168,40 @@ def prepare_rows(
             rows["centre"] = centre.view(ipc, *inputs.shape)
         elif isinstance(term, ReleasedManifoldTerm):
             rows["key"] = torch.tensor([seed_for(seed, inputs.name, index, "cloud") for index in range(ipc)])
+        elif isinstance(term, TransportTerm):
+            assert inputs.targets is not None
+            targets = Modes(**inputs.targets)
+            rows["targets"] = torch.from_numpy(targets.means).to(device).expand(ipc, -1, -1)
+            masses = torch.from_numpy(targets.sizes / targets.sizes.sum())
+            rows["masses"] = masses.float().to(device).expand(ipc, -1)
     return rows
 
 
-def _start(method: DiffusionMethod, inputs: ClassInputs, ipc: int, seed: int) -> torch.Tensor:
+def _soft_labels(
+    settings: SoftLabelSchedule, inputs: ClassInputs, grid: Grid, ipc: int, seed: int
+) -> dict[str, torch.Tensor]:
+    """Return what :class:`SoftLabels` reads: the label, another one drawn for each image, and its noise at each step."""
+    assert inputs.label is not None and inputs.embedding_shape is not None
+    shape = (len(grid.timesteps), 2, *inputs.embedding_shape)
+    streams = [stream(seed, inputs.name, index, "label") for index in range(ipc)]
+    other = [int(random.choice(inputs.others)) if inputs.others else inputs.label for random in streams]
+    if settings.law == "gaussian":
+        noise = batch_noise(streams, *shape)
+    else:
+        noise = torch.from_numpy(np.stack([random.random(shape, dtype=np.float32) for random in streams]))
+    return {"label": torch.full((ipc,), inputs.label), "other": torch.tensor(other), "label_noise": noise}
+
+
+def _start(
+    method: DiffusionMethod, inputs: ClassInputs, modes: Modes | None, grid: Grid, ipc: int, seed: int
+) -> torch.Tensor:
     if isinstance(method.start, GaussianStart):
         assert inputs.gaussian is not None
         mean, variance = (torch.from_numpy(inputs.gaussian[key]).double() for key in ("mean", "variance"))
         return draw_group(mean, variance, ipc, method.start, stream(seed, inputs.name, 0, "group"))
-    return batch_noise([stream(seed, inputs.name, index, "start") for index in range(ipc)], *inputs.shape)
+    noise = batch_noise([stream(seed, inputs.name, index, "start") for index in range(ipc)], *inputs.shape)
+    if isinstance(method.start, PrototypeStart):
+        assert modes is not None
+        abar = float(grid.abar[start_step(method, grid)])
+        return abar**0.5 * torch.from_numpy(modes.means).view_as(noise) + (1 - abar) ** 0.5 * noise
+    return noise

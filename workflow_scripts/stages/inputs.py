@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 
+from workflow_scripts.diffusion.checkpoint import autoencoder_of
 from workflow_scripts.recipes import Recipes
 
 
@@ -17,4 +16,4 @@ def scaled_latents(recipes: Recipes, class_name: str) -> np.ndarray:
 
 def scaling_factor(recipes: Recipes) -> float:
     """Return the factor from the autoencoder's posterior mean to a latent."""
-    return float(json.loads((recipes.backbone.path / "vae" / "config.json").read_text())["scaling_factor"])
+    return autoencoder_of(recipes.backbone.path).scaling_factor

@@ -192,7 +192,7 @@ def _map(recipes: Recipes, name: str, ipc: int) -> LatentMap:
         synthetic[key] = project(
             recipes.store.read(recipes.samples(name, SampleSet(key, ipc, config.seeds[0])), "latents").arrays["latents"]
         )
-        modes = recipes.modes(name, key, ipc)
+        modes = recipes.clusterings(name, key, ipc).get("prototypes")
         if modes is not None and isinstance(method, DiffusionMethod):
             found = prototypes_of(method, ClassInputs(name, shape, modes=recipes.store.read(modes).arrays), ipc)
             if found is not None:

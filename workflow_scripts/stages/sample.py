@@ -1,11 +1,13 @@
 """Make the synthetic images of a shard's classes for one method, at every IPC and seed of the run.
 
-Rows of a batch belong to whichever classes, IPCs and seeds come next; a class is committed when its last row is done.
+Rows of a batch belong to whichever classes, IPCs and seeds come next; a class is committed when its last row is done. Where a
+method makes the images of a class one after another, as many classes as a batch holds go in lockstep.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -16,17 +18,28 @@ from workflow_scripts.data.preprocess import load_squares
 from workflow_scripts.diffusion.backbone import Autoencoder, Denoiser
 from workflow_scripts.diffusion.noise import batch_noise, stream
 from workflow_scripts.diffusion.sampler import sample
-from workflow_scripts.diffusion.schedule import respace
+from workflow_scripts.diffusion.schedule import Grid, respace
 from workflow_scripts.errors import DataError
 from workflow_scripts.methods.coresets import select
-from workflow_scripts.methods.registry import ClassInputs, needs_latents, prepare_rows, start_step, terms_of
+from workflow_scripts.methods.registry import (
+    ClassInputs,
+    is_greedy,
+    is_joint,
+    label_schedule_of,
+    needs_latents,
+    prepare_rows,
+    start_step,
+    terms_of,
+)
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import stage_main
 from workflow_scripts.stages.inputs import scaled_latents
 from workflow_scripts.stages.worker import Computed, pick_device, quiet_libraries, run_shard
 from workflow_scripts.store.results import Result
 
-Prepare = Callable[[Result], dict[str, torch.Tensor]]
+Rows = dict[str, torch.Tensor]
+Prepare = Callable[[Result, Grid], Rows]
+Owner = tuple[Result, int]
 
 
 def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
@@ -75,9 +88,9 @@ def synthesise(recipes: Recipes, name: str, missing: list[Result], device: torch
     denoiser = Denoiser.load(recipes.backbone.path, device, dtype, compiled=config.compute.compile)
     autoencoder = Autoencoder.load(recipes.backbone.path, device, dtype)
 
-    def prepare(result: Result) -> dict[str, torch.Tensor]:
-        inputs = class_inputs(recipes, name, result, denoiser.latent_shape)
-        return prepare_rows(method, inputs, result.recipe["ipc"], result.recipe["seed"], device)
+    def prepare(result: Result, grid: Grid) -> Rows:
+        inputs = class_inputs(recipes, name, result, denoiser)
+        return prepare_rows(method, inputs, grid, result.recipe["ipc"], result.recipe["seed"], device)
 
     fixed = device.type == "cuda" or config.compute.compile
     for result, latents in sample_results(
@@ -91,18 +104,27 @@ def synthesise(recipes: Recipes, name: str, missing: list[Result], device: torch
         yield result, {"images": images, "latents": latents.cpu().numpy()}, {}
 
 
-def class_inputs(recipes: Recipes, name: str, result: Result, shape: tuple[int, int, int]) -> ClassInputs:
+def class_inputs(recipes: Recipes, name: str, result: Result, denoiser: Denoiser) -> ClassInputs:
     """Read what a method needs to know of a class."""
     method = recipes.config.methods[name]
     assert isinstance(method, DiffusionMethod)
-    modes = recipes.modes(result.class_name, name, result.recipe["ipc"])
+    clusterings = recipes.clusterings(result.class_name, name, result.recipe["ipc"])
     gaussian = recipes.gaussian(result.class_name, name)
+    table = denoiser.label_table
+
+    def arrays(of: Result | None) -> Mapping[str, np.ndarray] | None:
+        return recipes.store.read(of).arrays if of else None
+
     return ClassInputs(
         result.class_name,
-        shape,
-        scaled_latents(recipes, result.class_name) if needs_latents(method) else None,
-        recipes.store.read(modes).arrays if modes else None,
-        recipes.store.read(gaussian).arrays if gaussian else None,
+        denoiser.latent_shape,
+        latents=scaled_latents(recipes, result.class_name) if needs_latents(method) else None,
+        modes=arrays(clusterings.get("prototypes")),
+        targets=arrays(clusterings.get("targets")),
+        gaussian=arrays(gaussian),
+        label=result.recipe["label"],
+        others=result.recipe.get("others", ()),
+        embedding_shape=None if table is None else (table.shape[1], table.shape[2]),
     )
 
 
@@ -126,22 +148,35 @@ def sample_results(
     """
     grid = respace(denoiser.abar, method.sampler.steps, method.sampler.spacing)
     begin, terms = start_step(method, grid), terms_of(method)
-    done: list[torch.Tensor] = []
-    waiting = iter(results)
-    current = next(waiting, None)
-    for rows, owners in _batches(results, prepare, batch):
+    schedule = label_schedule_of(method, denoiser)
+
+    def denoise(rows: Rows, owners: list[Owner]) -> torch.Tensor:
+        """Sample one batch, filled up to the fixed shape where there is one."""
         count = len(owners)
+        rows["set"] = torch.tensor([positions[result.digest] for result, _ in owners])
         if fixed_shape and count < batch:
             filler = torch.arange(batch).clamp(max=count - 1)
             rows = {key: value[filler.to(value.device)] for key, value in rows.items()}
+            rows["set"][count:] = -1
             owners = owners + [owners[-1]] * (batch - count)
         labels = torch.tensor([result.recipe["label"] for result, _ in owners], device=denoiser.device)
         noise = None
         if method.sampler.kind == "ddpm":
             streams = [stream(result.recipe["seed"], result.class_name, index, "noise") for result, index in owners]
             noise = batch_noise(streams, len(grid.timesteps), *denoiser.latent_shape).to(denoiser.device)
-        latents = sample(denoiser, grid, method.sampler, rows["start"], begin, labels, noise, terms, rows)
-        done.append(latents[:count])
+        return sample(denoiser, grid, method.sampler, rows["start"], begin, labels, noise, terms, rows, schedule)[
+            :count
+        ]
+
+    positions = {result.digest: position for position, result in enumerate(results)}
+    if is_greedy(method):
+        yield from _in_lockstep(denoise, results, lambda result: prepare(result, grid), batch)
+        return
+    done: list[torch.Tensor] = []
+    waiting = iter(results)
+    current = next(waiting, None)
+    for rows, owners in _batches(results, lambda result: prepare(result, grid), batch, whole=is_joint(method)):
+        done.append(denoise(rows, owners))
         while current is not None and sum(map(len, done)) >= current.recipe["ipc"]:
             ready = torch.cat(done)
             yield current, ready[: current.recipe["ipc"]]
@@ -149,28 +184,62 @@ def sample_results(
             current = next(waiting, None)
 
 
+def _in_lockstep(
+    denoise: Callable[[Rows, list[Owner]], torch.Tensor],
+    results: list[Result],
+    prepare: Callable[[Result], Rows],
+    batch: int,
+) -> Iterator[tuple[Result, torch.Tensor]]:
+    """Make image after image of up to ``batch`` results of equal IPC at once; ``memory`` holds those a set has so far."""
+
+    def ipc_of(result: Result) -> int:
+        return int(result.recipe["ipc"])
+
+    for ipc, equals in groupby(sorted(results, key=ipc_of), ipc_of):
+        alike = list(equals)
+        for group in (alike[start : start + batch] for start in range(0, len(alike), batch)):
+            rows = [prepare(result) for result in group]
+            finished = [row["start"].new_empty(0, row["start"][0].numel()) for row in rows]
+            images: list[torch.Tensor] = []
+            for index in range(ipc):
+                now = _collate([{key: value[index : index + 1] for key, value in row.items()} for row in rows])
+                now["memory"] = torch.stack(finished)
+                images.append(denoise(now, [(result, index) for result in group]).clone())
+                finished = [
+                    torch.cat([past, new[None]]) for past, new in zip(finished, images[-1].flatten(1), strict=True)
+                ]
+            yield from zip(group, torch.stack(images, dim=1), strict=True)
+
+
 def _batches(
-    results: Iterable[Result], prepare: Prepare, batch: int
-) -> Iterator[tuple[dict[str, torch.Tensor], list[tuple[Result, int]]]]:
-    """Yield batches of rows, each with the result and index that every row belongs to."""
-    parts: list[dict[str, torch.Tensor]] = []
-    owners: list[tuple[Result, int]] = []
+    results: Iterable[Result], prepare: Callable[[Result], Rows], batch: int, *, whole: bool
+) -> Iterator[tuple[Rows, list[Owner]]]:
+    """Yield batches of rows, each with the result and index that every row belongs to.
+
+    Args:
+        whole: keep the rows of a result in one batch, which is larger than ``batch`` if a result is.
+    """
+    parts: list[Rows] = []
+    owners: list[Owner] = []
     for result in results:
-        rows = prepare(result)
         index, ipc = 0, result.recipe["ipc"]
+        if whole and owners and len(owners) + ipc > batch:
+            yield _collate(parts), owners
+            parts, owners = [], []
+        rows = prepare(result)
         while index < ipc:
-            take = min(batch - len(owners), ipc - index)
+            take = ipc if whole else min(batch - len(owners), ipc - index)
             parts.append({key: value[index : index + take] for key, value in rows.items()})
             owners += [(result, i) for i in range(index, index + take)]
             index += take
-            if len(owners) == batch:
+            if len(owners) >= batch:
                 yield _collate(parts), owners
                 parts, owners = [], []
     if owners:
         yield _collate(parts), owners
 
 
-def _collate(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _collate(parts: list[Rows]) -> Rows:
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 

@@ -80,7 +80,8 @@ def test_every_result_and_job_has_its_own_digest(plan_site: MakeSite) -> None:
     assert len({result.place for result in results}) == len({result.digest for result in results}) == len(results)
     counts = {stage: sum(result.stage == stage for result in results) for stage in CLASS_STAGES}
     # one tree and one k-means per IPC; herding ignores the seed: 6 methods x 2 IPC x 2 seeds and 2 sets
-    assert counts == {"encode": 3, "cluster": 3 * 3, "invert": 3, "sample": 3 * (6 * 2 * 2 + 2)}
+    none = {"experts": 0, "match": 0}
+    assert counts == {"encode": 3, "cluster": 3 * 3, "invert": 3, "sample": 3 * (6 * 2 * 2 + 2)} | none
 
 
 def test_jobs_come_after_what_they_need_and_the_report_last(plan_site: MakeSite) -> None:
@@ -124,8 +125,9 @@ INDIFFERENT: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("overrides", INDIFFERENT.values(), ids=INDIFFERENT)
 def test_what_does_not_change_a_result_is_in_no_digest(
-    overrides: dict[str, Any], plan_site: MakeSite, tmp_path: Path
+    overrides: dict[str, Any], plan_site: MakeSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where a relative results folder goes
     site = plan_site()
     before = class_digests(plan(site))
     if not overrides:
@@ -156,10 +158,11 @@ def recipe_of(recipes: Recipes, training: Any) -> str:
 # ---------------------------------------------------------------- what does matter
 
 ALL = set(CLASS_STAGES)
+BY_BACKBONE = ALL - {"experts"}  # which see real images only, as they are and in float32
 MATTERS: dict[str, tuple[dict[str, Any], set[str]]] = {
-    "dtype": ({"compute.dtype": "bfloat16"}, ALL),
+    "dtype": ({"compute.dtype": "bfloat16"}, BY_BACKBONE),
     "crop": ({"dataset.crop": "resize"}, ALL),
-    "mirror images": ({"encode.flip": "both"}, ALL),
+    "mirror images": ({"encode.flip": "both"}, BY_BACKBONE),
 }
 
 
@@ -167,25 +170,25 @@ MATTERS: dict[str, tuple[dict[str, Any], set[str]]] = {
 def test_what_changes_latents_changes_all(overrides: dict[str, Any], stages: set[str], plan_site: MakeSite) -> None:
     # dit looks at no latents, so it is left out
     site = plan_site()
-    compare = {"compare": ["random", "herding", "kmeans", "mgd3", "manifoldgd", "d3hr"]}
+    compare = {"compare": ["random", "herding", "kmeans", "mgd3", "manifoldgd", "d3hr", "ld3m-dm", "ld3m-mtt"]}
     before, after = plan(site, compare), plan(site, compare | overrides)
     for stage in CLASS_STAGES:
         assert stage_digests(before, stage).isdisjoint(stage_digests(after, stage)) == (stage in stages), stage
 
 
 WEIGHTS: dict[str, tuple[str, set[str]]] = {
-    "the autoencoder": ("vae/diffusion_pytorch_model.safetensors", ALL),
-    "its configuration": ("vae/config.json", ALL),
-    "the denoiser": ("transformer/diffusion_pytorch_model.safetensors", {"invert", "sample"}),
-    "its configuration too": ("transformer/config.json", {"invert", "sample"}),
-    "the noise schedule": ("scheduler/scheduler_config.json", {"invert", "sample"}),
+    "the autoencoder": ("vae/diffusion_pytorch_model.safetensors", BY_BACKBONE),
+    "its configuration": ("vae/config.json", BY_BACKBONE),
+    "the denoiser": ("transformer/diffusion_pytorch_model.safetensors", {"invert", "sample", "match"}),
+    "its configuration too": ("transformer/config.json", {"invert", "sample", "match"}),
+    "the noise schedule": ("scheduler/scheduler_config.json", {"invert", "sample", "match"}),
 }
 
 
 @pytest.mark.parametrize(("file", "stages"), WEIGHTS.values(), ids=WEIGHTS)
 def test_weights_count_by_their_bytes(file: str, stages: set[str], plan_site: MakeSite) -> None:
     site = plan_site()
-    diffusion = {"compare": ["dit", "mgd3", "manifoldgd", "d3hr"]}
+    diffusion = {"compare": ["dit", "mgd3", "manifoldgd", "d3hr", "ld3m-dm", "ld3m-mtt"]}
     before = plan(site, diffusion)
     digests = {stage: stage_digests(before, stage) for stage in CLASS_STAGES}
     coresets = class_digests(plan(site, {"compare": ["random", "herding", "kmeans"]}))
@@ -288,9 +291,10 @@ def test_a_test_image_counts_for_the_evaluations_only(plan_site: MakeSite) -> No
 def test_a_subset_of_the_classes_shares_its_results_with_the_whole(plan_site: MakeSite) -> None:
     """As imagenette reuses what imagenet1k made."""
     site = plan_site(support.WIDE)
-    whole, subset = plan(site), plan(site, {"dataset.classes": ["hen", "bee"], "shards": 2})
+    compare = {"compare": [*support.METHODS, "ld3m-dm"]}  # gradients and trajectories belong to a set of classes
+    whole, subset = plan(site, compare), plan(site, compare | {"dataset.classes": ["hen", "bee"], "shards": 2})
     assert subset.classes == ["hen", "bee"], "label order is as given"
-    for stage in CLASS_STAGES:
+    for stage in sorted(ALL - {"experts"}):
         assert stage_digests(subset, stage) < stage_digests(whole, stage)
     assert subset.latents("bee").place == whole.latents("bee").place
     wanted = SampleSet("mgd3", 3, 0)
@@ -400,7 +404,9 @@ def test_imagenet_can_be_planned(
         "encode": 32,
         "cluster": 32,
         "invert": 32,
+        "experts": 0,
         "sample": 6 * 32,
+        "match": 0,
         "export": 6,
         "evaluate": 18,
         "report": 1,

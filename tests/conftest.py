@@ -1,11 +1,21 @@
-"""Fixtures of the spine's tests: a tiny backbone, tiny image folders, and sites that combine them with a results folder."""
+"""Fixtures: one thread; a tiny backbone, tiny image folders, and sites that combine them with a results folder."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import support
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Sums of floats, and so scores on a CPU, depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ Fixtures that wrap these are in ``conftest.py``.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import io
 import json
 import multiprocessing
@@ -264,12 +265,10 @@ class Done:
 
 def workers() -> dict[str, Callable[[Recipes, str], Mapping[str, Any]]]:
     """The function that does each stage's work."""
-    from workflow_scripts.stages import cluster, encode, evaluate, export, invert, report, sample
+    from workflow_scripts import stages
 
-    return {
-        module.__name__.rpartition(".")[2]: module.work
-        for module in (encode, cluster, invert, sample, export, evaluate, report)
-    }
+    names = ("fit_backbone", *CLASS_STAGES, "export", "evaluate", "report")
+    return {name: importlib.import_module(f"{stages.__name__}.{name}").work for name in names}
 
 
 def run_jobs(config: RunConfig, stages: Iterable[str] | None = None) -> Done:

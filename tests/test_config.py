@@ -55,7 +55,7 @@ MISTAKES = {
     ),
     "unknown key of a method": (
         {"methods.random.ipc": 3},
-        ["methods.random.ipc: unknown key", "allowed: kind, select, summary"],
+        ["methods.random.ipc: unknown key", "allowed: kind, paper, select, summary"],
     ),
     "unknown key of a method's part": (
         {"methods.d3hr.start.candidate": 3},
@@ -285,7 +285,7 @@ def test_mappings_merge_and_all_else_is_replaced() -> None:
 
 def test_another_kind_replaces_the_whole_mapping() -> None:
     config = shipped({"methods.mgd3": {"kind": "coreset", "select": "random"}, "methods.d3hr.start": {"kind": "noise"}})
-    assert config.methods["mgd3"].model_dump() == {"kind": "coreset", "select": "random", "summary": ""}
+    assert config.methods["mgd3"].model_dump() == {"kind": "coreset", "select": "random", "summary": "", "paper": ""}
     assert diffusion(config, "d3hr").start.model_dump() == {"kind": "noise"}
 
 

@@ -39,6 +39,12 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="print JSON")
     status.set_defaults(command=_status)
 
+    methods = commands.add_parser("methods", help="the methods, their papers and their options")
+    methods.add_argument("names", nargs="*", metavar="NAME", help="show every option of these methods")
+    methods.add_argument("--options", action="store_true", help="show every option of all methods")
+    methods.add_argument("--json", action="store_true", help="print JSON, with every option")
+    methods.set_defaults(command=_methods)
+
     verify = commands.add_parser(
         "verify", help="re-read what a run has stored; set damaged results aside, to be made again"
     )
@@ -59,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     lock.set_defaults(command=_lock_recipes)
 
-    for command in (plan, status, verify, collect):
+    for command in (plan, status, methods, verify, collect):
         add_config_arguments(command)
     return parser
 
@@ -81,6 +87,13 @@ def _status(arguments: argparse.Namespace) -> int:
     from workflow_scripts.operations.show import status
 
     status(_recipes(arguments), as_json=arguments.json)
+    return 0
+
+
+def _methods(arguments: argparse.Namespace) -> int:
+    from workflow_scripts.operations.methods import methods
+
+    methods(read_config(arguments), arguments.names, options=arguments.options, as_json=arguments.json)
     return 0
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from workflow_scripts.data.imagenet import subset_classes, subset_names
 from workflow_scripts.errors import ConfigError
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -52,6 +53,7 @@ class Dataset(Strict):
     classes: tuple[str, ...] | None = Field(
         None, description="the classes to use, in label order; default: all, sorted"
     )
+    subset: str | None = Field(None, description="a published subset of ImageNet in place of classes, e.g. imagewoof")
     resolution: PositiveInt = Field(256, description="side in pixels at which the backbone sees an image")
     crop: Literal["adm", "resize"] = Field(
         "adm", description="adm: halve, bicubic, centre crop; resize: bicubic short side, centre crop"
@@ -64,6 +66,20 @@ class Dataset(Strict):
     )
 
     @model_validator(mode="after")
+    def _subset(self) -> Dataset:
+        if self.subset is not None:
+            if self.classes is not None:
+                raise ValueError("give classes or subset, not both")
+            if self.subset not in subset_names():
+                raise ValueError(f"subset: there is none named {self.subset!r}; {one_of(self.subset, subset_names())}")
+        return self
+
+    @property
+    def chosen_classes(self) -> tuple[str, ...] | None:
+        """The classes to use in label order, or None for all that the source has."""
+        return self.classes if self.subset is None else subset_classes(self.subset)
+
+    @model_validator(mode="after")
     def _folders(self) -> Dataset:
         if self.source == "imagefolder" and (self.root is None or self.test_root is None):
             raise ValueError(
@@ -73,7 +89,7 @@ class Dataset(Strict):
 
 
 class FitVAE(Strict):
-    """A small KL autoencoder and its training."""
+    """A small autoencoder, KL or VQ, and its training."""
 
     channels: tuple[PositiveInt, ...] = Field(
         (16, 32, 64), description="channels per level; each level but the last halves the side"
@@ -81,6 +97,8 @@ class FitVAE(Strict):
     latent_channels: PositiveInt = 4
     layers_per_block: PositiveInt = 1
     kl_weight: NonNegativeFloat = 1e-6
+    codes: Annotated[int, Field(ge=2)] = Field(512, description="entries of the codebook; of no use to autoencoder: kl")
+    commitment: NonNegativeFloat = Field(1.0, description="weight of the codebook's losses; likewise")
     steps: PositiveInt = 1800
     batch_size: PositiveInt = 64
     learning_rate: PositiveFloat = 2e-3
@@ -102,15 +120,44 @@ class FitDiT(Strict):
     label_dropout: Fraction = Field(0.1, description="chance that a label is replaced by the null class, for guidance")
 
 
+class FitUNet(Strict):
+    """A class-conditional U-Net that attends to the label's embedding, and its training."""
+
+    channels: tuple[PositiveInt, ...] = Field(
+        (64, 128), description="channels per level; each but the last halves the side"
+    )
+    layers_per_block: PositiveInt = 1
+    heads: PositiveInt = 4
+    embedding: PositiveInt = Field(128, description="size of a label's embedding")
+    steps: PositiveInt = 8000
+    batch_size: PositiveInt = 128
+    learning_rate: PositiveFloat = 5e-4
+    warmup: NonNegativeInt = 400
+    weight_decay: NonNegativeFloat = 0.0
+    ema: Fraction = 0.999
+    label_dropout: Fraction = 0.1
+
+
 class Fit(Strict):
     """Train a backbone on the run's training images."""
 
+    autoencoder: Literal["kl", "vq"] = "kl"
+    denoiser: Literal["dit", "unet"] = "dit"
     vae: FitVAE = FitVAE()
     dit: FitDiT = FitDiT()
+    unet: FitUNet = FitUNet()
     seed: Annotated[int, Field(ge=0, le=255)] = 0
     checkpoint_every: PositiveInt = Field(
         500, description="steps between checkpoints; a killed fit resumes at the last"
     )
+
+    def identity(self) -> dict[str, Any]:
+        """Return what determines the fitted backbone; what it does not use is left out, and so are the kinds of old."""
+        unused = {"checkpoint_every", "dit" if self.denoiser == "unet" else "unet"}
+        content = self.model_dump(mode="json", exclude=unused)
+        for key in ("codes", "commitment") if self.autoencoder == "kl" else ("kl_weight",):
+            del content["vae"][key]
+        return {key: value for key, value in content.items() if value not in ("kl", "dit")}
 
 
 class Backbone(Strict):
@@ -170,8 +217,11 @@ class NoiseStart(Strict):
 
 
 class Inversion(Strict):
-    """DDIM inversion of the real latents (D3HR 1.4)."""
+    """How the real latents are taken to the start timestep (D3HR 1.4)."""
 
+    map: Literal["ddim", "noise"] = Field(
+        "ddim", description="ddim: deterministic inversion; noise: forward noising, the control without a network"
+    )
     cfg_scale: NonNegativeFloat | None = Field(
         None, description="guidance during inversion; default: the sampler's, as published"
     )
@@ -189,7 +239,11 @@ class GaussianStart(Strict):
     legacy_offset: bool = Field(
         False, description="start one grid step later than the statistics, as the released code does"
     )
-    construction: Literal["random", "best_of_m", "moment_matched"] = "moment_matched"
+    construction: Literal["random", "best_of_m", "moment_matched"] = Field(
+        "moment_matched",
+        description="independent draws; the published search over groups; or one group made to match mean and spread exactly. "
+        "At IPC 1, which has no spread, all are one plain draw",
+    )
     candidates: PositiveInt = Field(100_000, description="groups compared by best_of_m")
     weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = Field(
         (1.0, 1.0, 0.5), description="of mean, spread and skewness in best_of_m"
@@ -278,9 +332,16 @@ class TangentTerm(Strict):
     """The mode pull projected on the local tangent space of real latents (ManifoldGD, eq. 4)."""
 
     term: Literal["tangent"]
-    scale: NonNegativeFloat = 0.1
-    stop: NonNegativeInt = 25
+    scale: NonNegativeFloat = Field(0.1, description="lambda")
+    stop: NonNegativeInt = Field(25, description="guide while the step index is above this")
     neighbours: Annotated[int, Field(ge=2)] = Field(64, description="real latents that span the tangent space")
+    around: Literal["prototype", "x0"] = Field(
+        "prototype",
+        description="they are those nearest to the prototype, or to the current prediction x0, chosen anew at each step",
+    )
+    noisy: bool = Field(
+        False, description="bring them to the noise level with noise of their own at each step, as published (eq. 5)"
+    )
     neighbourhood: Literal["cluster", "class"] = Field(
         "cluster", description="at most as many neighbours as the prototype's cluster has members, or no such limit"
     )
@@ -351,8 +412,21 @@ class CoresetMethod(Strict):
     """Real images of each class, chosen by a rule on their latents."""
 
     kind: Literal["coreset"]
-    select: Literal["random", "herding", "kmeans"]
+    select: Literal["random", "herding", "kmeans", "kcenter", "crops"] = Field(
+        description="draw; follow the class mean; nearest to k-means centroids; greedy k-center; 2 x 2 collages of random ones"
+    )
     summary: str = ""
+    paper: str = Field("", description="where the method is from; it is shown and changes nothing")
+
+    @property
+    def seeded(self) -> bool:
+        """Say whether the choice depends on the seed."""
+        return self.select not in ("herding", "kcenter")
+
+    @property
+    def parts(self) -> int:
+        """Return how many real images make one distilled image."""
+        return 4 if self.select == "crops" else 1
 
 
 class DiffusionMethod(Strict):
@@ -369,6 +443,7 @@ class DiffusionMethod(Strict):
     ] = ()
     sampler: Sampler = Sampler()
     summary: str = ""
+    paper: str = Field("", description="where the method is from; it is shown and changes nothing")
 
     @model_validator(mode="after")
     def _prototypes(self) -> DiffusionMethod:
@@ -392,10 +467,12 @@ class Residual(Strict):
     """What LD3M's reverse process is pulled to, with a weight w that decays along it. Defaults as in the released code."""
 
     target: Literal["x0", "mean"] = Field(
-        "x0", description="what is blended: the predicted clean latent, or the mean of the reverse step (the paper's eq. 7)"
+        "x0",
+        description="what is blended: the predicted clean latent, or the mean of the reverse step (the paper's eq. 7)",
     )
     source: Literal["quantised", "latent", "noised"] = Field(
-        "quantised", description="with what: the quantised start latent (itself for KL), itself, or its noised state (eq. 7)"
+        "quantised",
+        description="with what: the quantised start latent (itself for KL), itself, or its noised state (eq. 7)",
     )
     schedule: Literal["index", "literal"] = Field(
         "index", description="w: j/(S-1), from 1 to exactly 0; or the paper's t/T, from 1 to 1/S"
@@ -407,7 +484,9 @@ class Chain(Strict):
     """LD3M's short differentiable reverse process, on the grid 1, 1 + k, 1 + 2k, ... with k = T // steps."""
 
     steps: Annotated[int, Field(ge=2)] = 10
-    update: Literal["ddim", "ddpm"] = Field("ddim", description="DDIM with eta 0 as in the code, or DDPM as in the paper")
+    update: Literal["ddim", "ddpm"] = Field(
+        "ddim", description="DDIM with eta 0 as in the code, or DDPM as in the paper"
+    )
     ddpm_noise: Literal["deviation", "variance"] = Field(
         "deviation", description="factor of DDPM's noise: sigma, or sigma^2 as eq. 7 is printed"
     )
@@ -422,8 +501,8 @@ class Chain(Strict):
     )
 
 
-DSA_OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 DSAOperation = Literal["color", "crop", "cutout", "flip", "scale", "rotate"]
+DSA_OPERATIONS: tuple[DSAOperation, ...] = ("color", "crop", "cutout", "flip", "scale", "rotate")
 
 
 class Objective(Strict):
@@ -431,8 +510,12 @@ class Objective(Strict):
 
     lr_latents: NonNegativeFloat
     lr_embeddings: NonNegativeFloat
-    width: PositiveInt = Field(128, description="channels of the ConvNet that compares images; its depth follows the resolution")
-    dsa: tuple[DSAOperation, ...] = Field(DSA_OPERATIONS, description="one of these augmentations per batch; empty: none")
+    width: PositiveInt = Field(
+        128, description="channels of the ConvNet that compares; its depth follows the resolution"
+    )
+    dsa: tuple[DSAOperation, ...] = Field(
+        DSA_OPERATIONS, description="one of these augmentations per batch; empty: none"
+    )
 
 
 class DCObjective(Objective):
@@ -491,17 +574,24 @@ class MatchingMethod(Strict):
     kind: Literal["matching"]
     objective: Annotated[DCObjective | DMObjective | MTTObjective, Field(discriminator="kind")]
     chain: Chain = Chain()
-    initial: Literal["real", "noise"] = Field("real", description="start from latents of real images, or from white noise")
+    initial: Literal["real", "noise"] = Field(
+        "real", description="start from latents of real images, or from white noise"
+    )
     iterations: PositiveInt = 10_000
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
     legacy_colour: bool = Field(
         False, description="normalise synthetic images with another mean than real ones, as the released code does"
     )
     chunk: PositiveInt = Field(10, description="images denoised at once; changes results by rounding only")
-    checkpointing: bool = Field(True, description="recompute activations in the backward pass: a third slower, far less memory")
-    checkpoint_every: PositiveInt = Field(100, description="iterations between checkpoints, at which a killed job resumes")
+    checkpointing: bool = Field(
+        True, description="recompute activations in the backward pass: a third slower, far less memory"
+    )
+    checkpoint_every: PositiveInt = Field(
+        100, description="iterations between checkpoints, at which a killed job resumes"
+    )
     experts_per_job: PositiveInt = 10
     summary: str = ""
+    paper: str = Field("", description="where the method is from; it is shown and changes nothing")
 
 
 Method = Annotated[CoresetMethod | DiffusionMethod | MatchingMethod, Field(discriminator="kind")]
@@ -608,7 +698,7 @@ class RunConfig(Strict):
         for name in self.compare:
             if name not in self.methods:
                 raise ValueError(
-                    f"compare names the method {name!r}, which methods does not define: {_one_of(name, self.methods)}"
+                    f"compare names the method {name!r}, which methods does not define: {one_of(name, self.methods)}"
                 )
         for name, method in self.compared().items():
             if (
@@ -666,7 +756,7 @@ def resolve(document: Mapping[str, Any]) -> RunConfig:
     runs = _mapping(document.get("runs"), "runs")
     name = str(document.get("run"))
     if name not in runs:
-        raise ConfigError(f"run: there is no run named {name!r}; {_one_of(name, runs)}")
+        raise ConfigError(f"run: there is no run named {name!r}; {one_of(name, runs)}")
     values: Any = {}
     for layer in (_mapping(document.get("defaults"), "defaults"), *_lineage(name, runs)):
         values = merge(values, {key: value for key, value in layer.items() if key != "extends"})
@@ -716,7 +806,7 @@ def _lineage(name: str, runs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     current: str | None = name
     while current is not None:
         if current not in runs:
-            raise ConfigError(f"runs.{seen[-1]}.extends: there is no run named {current!r}; {_one_of(current, runs)}")
+            raise ConfigError(f"runs.{seen[-1]}.extends: there is no run named {current!r}; {one_of(current, runs)}")
         if current in seen:
             raise ConfigError(f"runs.{name}.extends goes in a circle: {' -> '.join([*seen, current])}")
         seen.append(current)
@@ -764,7 +854,7 @@ def _explain(error: dict[str, Any], values: Any) -> str:
     place, section = _locate(error["loc"], values)
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        return f"{place}: unknown key; {_one_of(str(error['loc'][-1]), _allowed_keys(section))}"
+        return f"{place}: unknown key; {one_of(str(error['loc'][-1]), _allowed_keys(section))}"
     if error["type"] == "missing":
         return f"{place}: missing; it must be set"
     if error["type"] == "value_error":
@@ -779,7 +869,7 @@ def _locate(loc: tuple[Any, ...], values: Any) -> tuple[str, type[BaseModel] | N
     parent: Any = None
     node = values
     for part in loc:
-        models = [m for m in _models(section) if m.__name__ == part or part in _tags(m)]
+        models = [m for m in models_in(section) if m.__name__ == part or part in tags_of(m)]
         if (
             isinstance(node, Mapping)
             and part not in node
@@ -800,13 +890,15 @@ def _locate(loc: tuple[Any, ...], values: Any) -> tuple[str, type[BaseModel] | N
     return ".".join(path), parent if isinstance(parent, type) else None
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the sections that a field's type may hold."""
     if isinstance(annotation, type):
         return [annotation] if issubclass(annotation, BaseModel) else []
-    return [model for argument in getattr(annotation, "__args__", ()) for model in _models(argument)]
+    return [model for argument in getattr(annotation, "__args__", ()) for model in models_in(argument)]
 
 
-def _tags(model: type[BaseModel]) -> tuple[str, ...]:
+def tags_of(model: type[BaseModel]) -> tuple[str, ...]:
+    """Return the values of ``kind`` or ``term`` by which a section is chosen."""
     return tuple(
         tag
         for key in ("kind", "term")
@@ -819,7 +911,7 @@ def _child(section: Any, key: Any) -> Any:
     if isinstance(section, type) and issubclass(section, BaseModel):
         field = section.model_fields.get(str(key))
         return field.annotation if field else None
-    models = _models(section)
+    models = models_in(section)
     return models[0] if len(models) == 1 and isinstance(key, str) and key in models[0].model_fields else section
 
 
@@ -827,7 +919,8 @@ def _allowed_keys(section: type[BaseModel] | None) -> list[str]:
     return sorted(section.model_fields) if section and issubclass(section, BaseModel) else []
 
 
-def _one_of(got: str, allowed: Iterable[str]) -> str:
+def one_of(got: str, allowed: Iterable[str]) -> str:
+    """Say what would be allowed in place of what was given, the likeliest first."""
     names = sorted(map(str, allowed))
     close = difflib.get_close_matches(got, names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""

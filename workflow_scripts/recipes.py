@@ -51,7 +51,7 @@ PROTOCOLS = {"hard-sgd": partial(hard_label_settings, "sgd"), "hard-adamw": part
 CLASS_STAGES = ("encode", "cluster", "invert", "experts", "sample", "match")
 # What of a matching method changes how long it takes, or is in the digests of its experts.
 _MATTERS_OF_SPEED: dict[str, Any] = {
-    **dict.fromkeys(("summary", "chunk", "checkpointing", "checkpoint_every", "experts_per_job"), True),
+    **dict.fromkeys(("summary", "paper", "chunk", "checkpointing", "checkpoint_every", "experts_per_job"), True),
     "objective": {"experts"},
 }
 
@@ -162,7 +162,7 @@ class Recipes:
                 "recipe": RECIPES["fit_backbone"],
                 "images": [[name, self.catalog.fingerprint(name, "train")] for name in self.classes],
                 "preprocessing": self._preprocessing,
-                "fit": self.config.backbone.fit.model_dump(mode="json", exclude={"checkpoint_every"}),
+                "fit": self.config.backbone.fit.identity(),
             }
         )
 
@@ -236,7 +236,7 @@ class Recipes:
         method = self.config.methods[wanted.method]
         if isinstance(method, MatchingMethod):
             return self._matched(class_name, wanted, method)
-        deterministic = isinstance(method, CoresetMethod) and method.select == "herding"
+        deterministic = isinstance(method, CoresetMethod) and not method.seeded
         inputs = {
             "method": self._method(wanted.method),
             "ipc": wanted.ipc,
@@ -358,7 +358,7 @@ class Recipes:
     @remembered
     def _method(self, name: str) -> dict[str, Any]:
         """A method's parameters."""
-        return self.config.methods[name].model_dump(mode="json", exclude={"summary"})
+        return self.config.methods[name].model_dump(mode="json", exclude={"summary", "paper"})
 
     @property
     def _preprocessing(self) -> dict[str, Any]:
@@ -572,7 +572,7 @@ class Recipes:
             return [("encode", shard)]
         name, _, number = shard.rpartition("-")
         method = self.config.methods[name]
-        if isinstance(method, CoresetMethod):
+        if not isinstance(method, DiffusionMethod):
             return [("encode", number)]
         clustered = method.prototypes is not None or any(isinstance(term, TransportTerm) for term in method.guidance)
         needs = [("cluster", number)] if clustered else []
@@ -616,7 +616,9 @@ class Recipes:
     def _images_needed(self, method: CoresetMethod | DiffusionMethod | MatchingMethod) -> int:
         """Return how many real images of a class a method cannot do without."""
         most = max(self.config.ipc)
-        if isinstance(method, CoresetMethod | MatchingMethod):
+        if isinstance(method, CoresetMethod):
+            return most * method.parts
+        if isinstance(method, MatchingMethod):
             return most
         targets = [term.targets for term in method.guidance if isinstance(term, TransportTerm)]
         return max([0 if method.prototypes is None else most, *targets])

@@ -8,9 +8,10 @@ import torch
 from analytic import Mixture, ddim_factor, dit_denoiser, exact_flow, gaussian, linear_schedule
 
 from workflow_scripts.config import Inversion, Sampler
-from workflow_scripts.diffusion.inversion import Moments, invert
+from workflow_scripts.diffusion.inversion import Moments, invert, noised_moments
 from workflow_scripts.diffusion.sampler import sample
 from workflow_scripts.diffusion.schedule import Grid, respace
+from workflow_scripts.stages.invert import class_gaussian
 
 SHAPE = (4, 1, 1)
 MEAN = torch.tensor([1.5, -0.4, 0.0, 0.7], dtype=torch.float64).view(SHAPE)
@@ -94,6 +95,27 @@ def test_inversion_converges_to_the_probability_flow_at_first_order(evaluate_at:
     assert errors[-1] < 0.06
 
 
+@pytest.mark.parametrize("direction", ["inversion", "sampling"])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_guided_maps_converge_to_the_guided_flow_at_first_order(direction: str, scale: float) -> None:
+    """Between Gaussians of equal spread guidance is exact: the flow is that of the mean n + w (m - n)."""
+    std, abar, null = 0.7, linear_schedule(10_000), -0.5 * MEAN
+    model, z = Mixture([MEAN[None]], std, abar=abar, null=null[None]), draws(2, *SHAPE)
+    mean = null + scale * (MEAN - null)
+    errors = []
+    for steps in (100, 200, 400):
+        grid = respace(abar, steps, "leading")
+        top = grid.step_of(6000)
+        if direction == "inversion":
+            got, ends = inverted(model, grid, z, top, scale), (0, top)
+        else:
+            got, ends = sampled(model, grid, "leading", z, top, scale), (top, 0)
+        expected = exact_flow(z, mean, std, *(float(grid.abar[end]) for end in ends))
+        errors.append(float((got - expected).norm() / expected.norm()))
+    np.testing.assert_allclose(np.array(errors[:-1]) / np.array(errors[1:]), 2, atol=0.25)
+    assert errors[-1] < 0.01
+
+
 # ---------------------------------------------------------------- there and back
 
 
@@ -168,6 +190,57 @@ def test_inverted_class_has_the_known_moments(std: float) -> None:
     v = model.variance(abar[600])
     assert float((mean - abar[600] ** 0.5 * MEAN).abs().max()) < 4 * (v / n) ** 0.5
     np.testing.assert_allclose(variance / v, 1, atol=4 * (2 / n) ** 0.5 + 0.02)
+
+
+# ---------------------------------------------------------------- noising, the control
+
+
+class Silent:
+    """A denoiser that must not be asked."""
+
+    abar, device = linear_schedule(), torch.device("cpu")
+
+
+def recipe(**settings: object) -> dict[str, object]:
+    inversion = Inversion(**settings).model_dump(mode="json", exclude={"cfg_scale"})
+    common = {"steps": 50, "spacing": "leading", "timestep": 600, "label": 0, "cfg_scale": 1.0, "cfg_channels": 4}
+    return common | {"inversion": inversion}
+
+
+def test_noising_has_the_moments_of_noised_latents() -> None:
+    n, abar = 20_000, 0.3
+    latents = MEAN + draws(50, *SHAPE) * torch.linspace(0.2, 2, 4).view(SHAPE)
+    mean, variance = noised_moments(latents.mean(0), latents.var(0, correction=0), abar)
+    rows = latents[torch.arange(n) % 50]
+    noised = abar**0.5 * rows + (1 - abar) ** 0.5 * draws(n, *SHAPE, seed=9)
+    assert (abs(noised.mean(0) - mean) < 4.5 * (variance / n) ** 0.5).all()
+    np.testing.assert_allclose(noised.var(0) / variance, 1, atol=4.5 * (2 / n) ** 0.5)
+
+
+@pytest.mark.parametrize("batch", [7, 100])
+def test_noising_asks_no_network_and_keeps_the_start_timestep(batch: int) -> None:
+    latents = (MEAN + 0.4 * draws(40, *SHAPE)).float()
+    arrays, facts = class_gaussian(Silent(), latents, recipe(map="noise"), batch)
+    abar = linear_schedule()[600]
+    expected_mean, expected_variance = abar**0.5 * latents.mean(0), abar * latents.var(0) + 1 - abar
+    np.testing.assert_allclose(arrays["mean"], expected_mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(arrays["variance"], expected_variance, rtol=1e-5)
+    assert facts == {"count": 40}
+    assert {value.dtype for value in arrays.values()} == {np.dtype("float32")}
+
+
+def test_noising_a_single_image_leaves_the_noises_variance() -> None:
+    arrays, _ = class_gaussian(Silent(), MEAN[None].float(), recipe(map="noise"), 8)
+    np.testing.assert_allclose(arrays["variance"], 1 - linear_schedule()[600], rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [7, 100])
+def test_class_statistics_are_those_of_its_inverted_latents(batch: int) -> None:
+    model, latents = mixture(), draws(20, *SHAPE)
+    arrays, _ = class_gaussian(model, latents, recipe(refinements=1), batch)
+    there = inverted(mixture(), respace(model.abar, 50, "leading"), latents, 30, refinements=1)
+    np.testing.assert_allclose(arrays["mean"], there.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(arrays["variance"], there.var(0), rtol=1e-5)
 
 
 # ---------------------------------------------------------------- moments

@@ -8,9 +8,17 @@ import pytest
 import torch
 from analytic import linear_schedule
 
+from workflow_scripts.config import TangentTerm
 from workflow_scripts.diffusion.sampler import Step
 from workflow_scripts.diffusion.schedule import respace
-from workflow_scripts.methods.manifoldgd import ReleasedManifold, TangentGuidance, project, tangent_spaces
+from workflow_scripts.methods.manifoldgd import (
+    ReleasedManifold,
+    TangentGuidance,
+    project,
+    shared_latents,
+    tangent_rows,
+    tangent_spaces,
+)
 from workflow_scripts.methods.mgd3 import ModeGuidance
 
 SHAPE = (4, 4, 4)
@@ -164,7 +172,7 @@ def test_project_is_a_projection() -> None:
 # ---------------------------------------------------------------- tangent guidance
 
 
-def tangent_rows(n: int = 4) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def rows_at(n: int = 4) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     latents = draws(50, D).float()
     basis, centre = fit(latents, latents[:n], neighbours=16)
     rows = {"prototype": latents[:n].view(n, *SHAPE), "basis": basis, "centre": centre.view(n, *SHAPE)}
@@ -172,7 +180,7 @@ def tangent_rows(n: int = 4) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 
 
 def test_kappa_one_is_mode_guidance_to_the_bit() -> None:
-    rows, x0 = tangent_rows()
+    rows, x0 = rows_at()
     ours = TangentGuidance(0.1, 25, kappa=1.0, normal_pull=0.0)(step(x0), rows)
     assert torch.equal(ours, ModeGuidance(0.1, 25)(step(x0), rows))
 
@@ -181,7 +189,7 @@ def test_kappa_one_is_mode_guidance_to_the_bit() -> None:
 @pytest.mark.parametrize("eta", [0.0, 0.3])
 def test_parts_are_weighed_as_specified(kappa: float, eta: float) -> None:
     """g = lambda (P v + kappa (I - P) v) - eta (I - P) (x0 - m) (specification 9, items 3 and 4)."""
-    rows, x0 = tangent_rows()
+    rows, x0 = rows_at()
     p = projector(rows["basis"])
     v, offset = (
         (rows[key] - x0 if key == "prototype" else x0 - rows[key]).flatten(1).double()
@@ -194,7 +202,7 @@ def test_parts_are_weighed_as_specified(kappa: float, eta: float) -> None:
 
 
 def test_normal_pull_shrinks_the_distance_to_the_plane_alone() -> None:
-    rows, x0 = tangent_rows()
+    rows, x0 = rows_at()
     force = TangentGuidance(0.0, 25, 0.0, 0.5)(step(x0), rows)
     p = projector(rows["basis"])
     tangent = torch.einsum("nde,ne->nd", p, force.flatten(1).double())
@@ -204,6 +212,125 @@ def test_normal_pull_shrinks_the_distance_to_the_plane_alone() -> None:
         for w in ((x - rows["centre"]).flatten(1).double() for x in (x0, x0 + force))
     )
     torch.testing.assert_close(after, 0.5 * before, rtol=1e-5, atol=0)
+
+
+# ---------------------------------------------------------------- neighbours of the prediction, and noisy patches
+
+
+CLASSES = {"ant": draws(50, D, seed=20).float(), "bee": 3 + draws(9, D, seed=21).float()}
+NAMES = ["ant", "bee", "ant", "bee"]
+
+
+def guidance(term: TangentTerm) -> TangentGuidance:
+    fields = {"neighbours": term.neighbours, "variance": term.tangent_variance, "dimension": term.tangent_dim}
+    return TangentGuidance(term.scale, term.stop, term.kappa, term.normal_pull, term.around, term.noisy, **fields)
+
+
+def rows_of(term: TangentTerm, names: list[str], size: int = 1000) -> dict[str, torch.Tensor]:
+    """Rows of several classes, made one by one and put together as a batch is."""
+    parts = []
+    for place, name in enumerate(names):
+        prototype = CLASSES[name][place : place + 1]
+        rows = tangent_rows(term, prototype, torch.tensor([size]), CLASSES[name], [100 + place])
+        parts.append(rows | {"prototype": prototype.view(1, *SHAPE)})
+    rows = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    return rows | (shared_latents(names, CLASSES.__getitem__) if term.around == "x0" else {})
+
+
+def tangent_term(**options: object) -> TangentTerm:
+    return TangentTerm(term="tangent", **({"neighbours": 12, "normal_pull": 0.3} | options))
+
+
+@pytest.mark.parametrize(("size", "used"), [(1000, 12), (5, 5)])
+@pytest.mark.parametrize("index", [49, 30])
+def test_neighbours_of_the_prediction_are_its_own_classes(index: int, size: int, used: int) -> None:
+    """Each row's plane is the one of a prototype at its x0, in its class alone: bee has but 9 images, all far away."""
+    term = tangent_term(around="x0")
+    x0 = draws(4, *SHAPE, seed=30 + index).float()
+    got = guidance(term)(step(x0, index=index), rows_of(term, NAMES, size))
+    for row, name in enumerate(NAMES):
+        basis, centre = fit(CLASSES[name], x0[row : row + 1].flatten(1), sizes=[size], neighbours=12)
+        alone = {"basis": basis, "centre": centre, "prototype": CLASSES[name][row].view(1, *SHAPE)}
+        expected = TangentGuidance(0.1, 25, 0.0, 0.3)(step(x0[row : row + 1], index=index), alone)
+        torch.testing.assert_close(got[row : row + 1], expected, rtol=0, atol=1e-5)
+        near = CLASSES[name][(CLASSES[name] - x0[row].flatten()).norm(dim=1).argsort()[:used]]
+        torch.testing.assert_close(centre[0], near.mean(0), rtol=0, atol=1e-6)
+
+
+def test_a_class_is_held_once_for_all_its_rows() -> None:
+    read: list[str] = []
+
+    def latents_of(name: str) -> torch.Tensor:
+        read.append(name)
+        return CLASSES[name]
+
+    shared = shared_latents(NAMES, latents_of)
+    assert read == ["ant", "bee"]
+    assert shared["pool"].shape == (59, D)
+    assert shared["owner"].tolist() == [0, 1, 0, 1]
+    assert shared["pool_owner"].tolist() == [0] * 50 + [1] * 9
+
+
+@pytest.mark.parametrize("d", [1, 3, 10])
+def test_the_moving_plane_of_data_on_a_plane_is_that_plane(d: int) -> None:
+    latents, basis, _ = plane(100, d)
+    term = tangent_term(around="x0", tangent_variance=1.0, normal_pull=0.0, neighbours=40)
+    latents, x0 = latents.float(), draws(3, *SHAPE, seed=9).float()
+    rows = tangent_rows(term, latents[:3], torch.tensor([1000] * 3), None, [1, 2, 3])
+    rows |= shared_latents(["a"] * 3, lambda name: latents) | {"prototype": latents[:3].view(3, *SHAPE)}
+    pull = guidance(term)(step(x0), rows).flatten(1).double()
+    assert float((pull - pull @ projector(basis)).norm()) < 1e-6
+    torch.testing.assert_close(pull, 0.1 * (latents[:3] - x0.flatten(1)).double() @ projector(basis), rtol=0, atol=1e-6)
+    assert float(pull.norm()) > 0.05
+
+
+@pytest.mark.parametrize("around", ["prototype", "x0"])
+@pytest.mark.parametrize("index", [49, 30])
+def test_a_noisy_patch_is_equation_5(around: str, index: int) -> None:
+    """sqrt(a) x_j + sqrt(1 - a) n_j with the row's own noise; its plane by the covariance; its centre at the scale of x0."""
+    term = tangent_term(around=around, noisy=True, tangent_dim=4)
+    x0 = draws(4, *SHAPE, seed=3).float()
+    at, own, rows = step(x0, index=index), guidance(term), rows_of(term, NAMES)
+    got = own(at, rows)
+    for row, name in enumerate(NAMES):
+        origin = x0[row].flatten() if around == "x0" else rows["prototype"][row].flatten()
+        near = CLASSES[name][(CLASSES[name] - origin).norm(dim=1).argsort()[:12]].double()
+        patch = math.sqrt(at.abar) * near + math.sqrt(1 - at.abar) * own._noise(100 + row, at)[: len(near)]
+        p = direct(patch, 4)
+        v, offset = (
+            w.flatten().double()
+            for w in (rows["prototype"][row] - x0[row], x0[row] - patch.mean(0).view(SHAPE) / at.abar**0.5)
+        )
+        expected = 0.1 * p @ v - 0.3 * (offset - p @ offset)
+        scale = float(expected.norm())
+        torch.testing.assert_close(got[row].flatten().double(), expected, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("around", ["prototype", "x0"])
+def test_patch_noise_belongs_to_row_and_step(around: str) -> None:
+    term = tangent_term(around=around, noisy=True)
+    x0, rows = draws(4, *SHAPE, seed=3).float(), rows_of(term, NAMES)
+    together = guidance(term)(step(x0), rows)
+    for order in ([0], [3], [2, 1]):
+        some = guidance(term)(step(x0[order]), rows_of_order(rows, order))
+        torch.testing.assert_close(some, together[order], rtol=0, atol=1e-5)
+    other = guidance(term)(step(x0), rows | {"patch_key": rows["patch_key"] + 1})
+    assert float((other - together).flatten(1).norm(dim=1).min()) > 1e-2
+    noise = [guidance(term)._noise(key, step(x0, index=index)) for key, index in ((1, 40), (1, 39), (2, 40))]
+    for one, two in itertools.combinations(noise, 2):
+        assert abs(float((one * two).mean())) < 5 / math.sqrt(one.numel())
+
+
+def rows_of_order(rows: dict[str, torch.Tensor], order: list[int]) -> dict[str, torch.Tensor]:
+    return {key: value if key in ("pool", "pool_owner") else value[order] for key, value in rows.items()}
+
+
+@pytest.mark.parametrize("around", ["prototype", "x0"])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_every_geometry_with_kappa_one_is_mode_guidance_to_the_bit(around: str, noisy: bool) -> None:
+    term = tangent_term(around=around, noisy=noisy, kappa=1.0, normal_pull=0.0)
+    x0, rows = draws(4, *SHAPE, seed=3).float(), rows_of(term, NAMES)
+    assert torch.equal(guidance(term)(step(x0), rows), ModeGuidance(0.1, 25)(step(x0), rows))
 
 
 # ---------------------------------------------------------------- the released term

@@ -7,9 +7,10 @@ noise, would show.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from workflow_scripts.diffusion.noise import batch_noise, stream
 from workflow_scripts.diffusion.sampler import sample
 from workflow_scripts.diffusion.schedule import Grid, respace
 from workflow_scripts.methods.modes import grow_tree, kmeans
-from workflow_scripts.methods.registry import ClassInputs, is_greedy, prepare_rows, terms_of
+from workflow_scripts.methods.registry import ClassInputs, is_greedy, needs_pool, prepare_rows, terms_of
 from workflow_scripts.stages.sample import sample_results
 from workflow_scripts.store.results import Result
 
@@ -41,6 +42,23 @@ METHODS = {
         "sampler": DDPM,
         "prototypes": {"kind": "multiscale", "start_depth": 1},
         "guidance": [{"term": "tangent", "stop": 4, "neighbours": 16, "kappa": 0.25, "normal_pull": 0.1}],
+    },
+    "manifoldgd-x0": {
+        "sampler": DDPM,
+        "prototypes": {"kind": "multiscale", "start_depth": 1},
+        "guidance": [{"term": "tangent", "stop": 4, "neighbours": 8, "around": "x0", "normal_pull": 0.1}],
+    },
+    "manifoldgd-x0-noisy": {
+        "sampler": DDPM,
+        "prototypes": {"kind": "leaves"},
+        "guidance": [
+            {"term": "tangent", "stop": 4, "neighbours": 64, "around": "x0", "noisy": True, "normal_pull": 0.1}
+        ],
+    },
+    "manifoldgd-noisy": {
+        "sampler": DDPM,
+        "prototypes": {"kind": "leaves"},
+        "guidance": [{"term": "tangent", "stop": 4, "neighbours": 64, "noisy": True, "normal_pull": 0.1}],
     },
     "manifoldgd-released": {
         "sampler": DDPM,
@@ -62,14 +80,6 @@ METHODS = {
         "guidance": [TRANSPORT | {"scale": 0.1, "unit_gradient": True, "log_domain": True, "sweeps": 30}, MODE],
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Network(torch.nn.Module):
@@ -96,6 +106,10 @@ def denoiser() -> Denoiser:
 @functools.cache
 def real(name: str) -> np.ndarray:
     return stream(0, name, 0, "real").normal(CLASSES.index(name) - 1, 1, (24 + len(name), *SHAPE)).astype(np.float32)
+
+
+def flat_latents(name: str) -> torch.Tensor:
+    return torch.from_numpy(real(name)).flatten(1)
 
 
 @functools.cache
@@ -154,7 +168,9 @@ def make(
 ) -> dict[str, torch.Tensor]:
     chosen = method_of(method) if isinstance(method, str) else method
 
-    made = list(sample_results(denoiser(), chosen, list(results), preparer(chosen), batch, fixed_shape=fixed_shape))
+    pool = flat_latents if needs_pool(chosen) else None
+    options: dict[str, Any] = {"fixed_shape": fixed_shape, "latents_of": pool}
+    made = list(sample_results(denoiser(), chosen, list(results), preparer(chosen), batch, **options))
     expected = sorted(results, key=lambda one: one.recipe["ipc"]) if is_greedy(chosen) else list(results)
     assert [one for one, _ in made] == expected, "results come in the order asked for, or the short ones first"
     return {one.digest: latents for one, latents in made}

@@ -24,10 +24,12 @@ class Catalog:
         self.source: Source = open_source(dataset)
         self._cache = cache
         known = self.source.classes()
-        self.classes = list(dataset.classes) if dataset.classes is not None else known
+        chosen = dataset.chosen_classes
+        self.classes = known if chosen is None else list(chosen)
         if missing := sorted(set(self.classes) - set(known)):
+            key = "classes" if dataset.subset is None else "subset"
             raise DataError(
-                f"dataset.classes: no images for {', '.join(missing[:5])} in {dataset.root or dataset.source}; "
+                f"dataset.{key}: no images for {', '.join(missing[:5])} in {dataset.root or dataset.source}; "
                 f"there is {', '.join(known[:10])}"
             )
         if len(set(self.classes)) != len(self.classes):

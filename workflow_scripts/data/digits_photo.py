@@ -40,7 +40,9 @@ class DigitsPhoto(Digits):
         """The 8x8 digits of each class and split, as opacities."""
         splits: tuple[Split, ...] = ("train", "test")
         return {
-            (name, split): [Image.fromarray(self._images[int(e.key)]) for e in super(DigitsPhoto, self).entries(name, split)]
+            (name, split): [
+                Image.fromarray(self._images[int(e.key)]) for e in super(DigitsPhoto, self).entries(name, split)
+            ]
             for name in self.classes()
             for split in splits
         }
@@ -50,12 +52,15 @@ class DigitsPhoto(Digits):
         start = f"digits-photo/seed-{self._seed}/{split}"
         count = self._counts[split]
         return [
-            ImageEntry(f"{start}/{index:06d}", SIDE * SIDE, 0, f"{start}/{class_name}/{index:06d}") for index in range(count)
+            ImageEntry(f"{start}/{index:06d}", SIDE * SIDE, 0, f"{start}/{class_name}/{index:06d}")
+            for index in range(count)
         ]
 
     def load(self, entry: ImageEntry, class_name: str) -> Image.Image:
         """Paint one image."""
-        random = np.random.Generator(np.random.Philox(key=int.from_bytes(hashlib.sha256(entry.path.encode()).digest()[:16])))
+        random = np.random.Generator(
+            np.random.Philox(key=int.from_bytes(hashlib.sha256(entry.path.encode()).digest()[:16]))
+        )
         split: Split = "test" if entry.key.split("/")[2] == "test" else "train"
         strokes = self._strokes[class_name, split]
         mask = self._place(strokes[random.integers(len(strokes))], random)

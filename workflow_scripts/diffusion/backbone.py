@@ -61,8 +61,10 @@ class Autoencoder:
         return images.permute(0, 2, 3, 1).cpu().numpy()
 
     def decode_images(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return images (n, 3, H, W) of scaled latents, float32 and about within [-1, 1], with a graph if gradients are enabled."""
-        decoded: torch.Tensor = self.model.decode(latents.to(self.device, self.model.dtype) / self.scaling_factor).sample
+        """Return images (n, 3, H, W) of scaled latents, float32 and about within [-1, 1], keeping the graph."""
+        decoded: torch.Tensor = self.model.decode(
+            latents.to(self.device, self.model.dtype) / self.scaling_factor
+        ).sample
         return decoded.float()
 
     def quantise(self, latents: torch.Tensor) -> torch.Tensor:
@@ -97,10 +99,8 @@ class Denoiser:
     def load(cls, path: Path, device: torch.device, dtype: torch.dtype, *, compiled: bool = False) -> Denoiser:
         """Load ``path/transformer`` (or ``unet`` and its class embedding) and the constants of ``path/scheduler``."""
         folder = path / denoiser_of(path)
-        if folder.name == "unet":
-            model = LabelledUNet.load(path, dtype)
-        else:
-            model = _load(DiTTransformer2DModel, folder, dtype)
+        unet = folder.name == "unet"
+        model: Any = LabelledUNet.load(path, dtype) if unet else _load(DiTTransformer2DModel, folder, dtype)
         schedule = _load(DDIMScheduler, path / "scheduler")
         if schedule.config.prediction_type != "epsilon":
             raise BackboneError(
@@ -109,7 +109,7 @@ class Denoiser:
         config = model.config
         shape = (config.in_channels, config.sample_size, config.sample_size)
         model = model.to(device).eval().requires_grad_(False)
-        table = model.labels.weight[:, None] if isinstance(model, LabelledUNet) else open_label_embeddings(model)
+        table = model.labels.weight[:, None] if unet else open_label_embeddings(model)
         if compiled:
             model = torch.compile(model, dynamic=False)
         abar = schedule.alphas_cumprod.double().numpy()

@@ -64,7 +64,7 @@ def open_checkpoint(path: Path, cache: Path) -> Checkpoint:
     }
     if network == "unet":
         parts["class embedding"] = [CLASS_EMBEDDING]
-    for name in (*sorted(sum(parts.values(), [])), LABELS):
+    for name in (*sorted(name for names in parts.values() for name in names), LABELS):
         if not (path / name).is_file():
             raise BackboneError(
                 f"backbone.path: {path / name} is missing. A backbone is a directory in diffusers format with transformer/ "

@@ -1,7 +1,8 @@
-"""Fitting a small backbone: a KL autoencoder, then a class-conditional DiT with learned variance on its latents.
+"""Fitting a small backbone: an autoencoder, KL or VQ, then a class-conditional denoiser, DiT or U-Net, on its latents.
 
 The DiT trains on the hybrid objective of Improved DDPM (section 3.1): the squared error of epsilon, plus the variational
-bound as a gradient for the variance channels alone. The averaged weights are kept.
+bound as a gradient for the variance channels alone. The U-Net has no variance channels and trains on the error alone, on
+latent diffusion's schedule. The averaged weights are kept.
 """
 
 from __future__ import annotations
@@ -15,17 +16,22 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel, VQModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from workflow_scripts.config import Fit, FitDiT, FitVAE
-from workflow_scripts.diffusion.backbone import to_unit
-from workflow_scripts.diffusion.checkpoint import LABELS, TIMESTEPS
+from workflow_scripts.config import Fit, FitDiT, FitUNet, FitVAE
+from workflow_scripts.diffusion.backbone import NO_SPREAD, LabelledUNet, to_unit
+from workflow_scripts.diffusion.checkpoint import CLASS_EMBEDDING, LABELS, TIMESTEPS
 from workflow_scripts.diffusion.schedule import Grid
 from workflow_scripts.store.files import write_atomically
+
+BETAS: dict[str, dict[str, Any]] = {
+    "dit": {"beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear"},
+    "unet": {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear"},
+}
 
 
 def fit_backbone(
@@ -37,29 +43,25 @@ def fit_backbone(
         pixels: uint8 (n, H, W, 3).
         labels: int64 (n,), indices into ``classes``.
         work: directory of checkpoints; a fit that finds one there goes on from it.
-        into: directory that receives transformer/, vae/, scheduler/ and labels.json, with weights in fp16.
+        into: directory that receives transformer/ (or unet/ and its class embedding), vae/, scheduler/ and labels.json, with
+            weights in fp16.
     """
-    vae = fit_vae(pixels, fit, device, work / "vae.safetensors")
+    vae = (fit_vae if fit.autoencoder == "kl" else fit_vq)(pixels, fit, device, work / "vae.safetensors")
     mean, logvar = _encode(vae, pixels, device)
     scale = 1 / float(
         (mean + torch.exp(logvar / 2) * torch.randn(mean.shape, generator=_generator(fit.seed, -1))).std()
     )
     vae.register_to_config(scaling_factor=scale)
-    schedule = DDIMScheduler(
-        num_train_timesteps=TIMESTEPS, beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False
-    )
-    transformer = fit_dit(
-        mean * scale,
-        logvar + 2 * math.log(scale),
-        torch.from_numpy(labels),
-        len(classes),
-        schedule,
-        fit,
-        device,
-        work / "transformer.safetensors",
-    )
+    schedule = DDIMScheduler(num_train_timesteps=TIMESTEPS, clip_sample=False, **BETAS[fit.denoiser])
+    latents = (mean * scale, logvar + 2 * math.log(scale), torch.from_numpy(labels))
     into.mkdir(parents=True, exist_ok=True)
-    transformer.half().save_pretrained(into / "transformer", safe_serialization=True)
+    if fit.denoiser == "dit":
+        dit = fit_dit(*latents, len(classes), schedule, fit, device, work / "transformer.safetensors")
+        dit.half().save_pretrained(into / "transformer", safe_serialization=True)
+    else:
+        unet = fit_unet(*latents, len(classes), schedule, fit, device, work / "unet.safetensors").half()
+        unet.unet.save_pretrained(into / "unet", safe_serialization=True)
+        save_file({"weight": unet.labels.weight.detach().cpu().contiguous()}, into / CLASS_EMBEDDING)
     vae.half().save_pretrained(into / "vae", safe_serialization=True)
     schedule.save_pretrained(into / "scheduler")
     write_atomically(into / LABELS, json.dumps(classes))
@@ -77,6 +79,43 @@ def build_vae(config: FitVAE, resolution: int) -> AutoencoderKL:
         norm_num_groups=math.gcd(*config.channels, 32) // 2 or 1,
         sample_size=resolution,
     )
+
+
+def build_vq(config: FitVAE, resolution: int) -> VQModel:
+    """Return an untrained VQ autoencoder of the same shape."""
+    levels = len(config.channels)
+    return VQModel(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=config.channels,
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        num_vq_embeddings=config.codes,
+        norm_num_groups=math.gcd(*config.channels, 32) // 2 or 1,
+        sample_size=resolution,
+        scaling_factor=1.0,
+    )
+
+
+def build_unet(config: FitUNet, latent_shape: Sequence[int], classes: int) -> LabelledUNet:
+    """Return an untrained U-Net with cross-attention to the label's embedding on every level, and the embeddings."""
+    channels, side, _ = latent_shape
+    levels = len(config.channels)
+    unet = UNet2DConditionModel(
+        sample_size=side,
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        block_out_channels=config.channels,
+        layers_per_block=config.layers_per_block,
+        attention_head_dim=config.heads,  # diffusers' name for the number of heads
+        cross_attention_dim=config.embedding,
+        norm_num_groups=math.gcd(*config.channels, 32),
+    )
+    nn.init.zeros_(unet.conv_out.weight)
+    nn.init.zeros_(unet.conv_out.bias)
+    return LabelledUNet(unet, nn.Embedding(classes + 1, config.embedding))
 
 
 def build_dit(config: FitDiT, latent_shape: Sequence[int], classes: int) -> DiTTransformer2DModel:
@@ -129,6 +168,53 @@ def fit_vae(pixels: np.ndarray, fit: Fit, device: torch.device, checkpoint: Path
     return model.eval()
 
 
+def fit_vq(pixels: np.ndarray, fit: Fit, device: torch.device, checkpoint: Path) -> VQModel:
+    """Train the autoencoder on the same errors and VQ-VAE's codebook and commitment losses.
+
+    The codes start as latents of the untrained encoder, so that they lie where they are needed.
+    """
+    config = fit.vae
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fit.seed)
+        model = build_vq(config, pixels.shape[1]).to(device)
+    generator = _generator(fit.seed, -2)
+    few = torch.randint(len(pixels), (min(len(pixels), 256),), generator=generator)
+    with torch.inference_mode():
+        latents = model.encode(to_unit(pixels[few.numpy()], device)).latents.permute(0, 2, 3, 1).flatten(0, 2)
+    chosen = torch.randint(len(latents), (config.codes,), generator=generator)
+    jitter = 0.01 * float(latents.std()) * torch.randn(config.codes, latents.shape[1], generator=generator)
+    model.quantize.embedding.weight.data.copy_(latents[chosen.to(device)].clone() + jitter.to(device))
+
+    def loss(generator: torch.Generator) -> torch.Tensor:
+        index = torch.randint(len(pixels), (config.batch_size,), generator=generator)
+        images = to_unit(pixels[index.numpy()], device)
+        decoded = model.decode(model.encode(images).latents)
+        error = decoded.sample - images
+        return error.abs().mean() + error.square().mean() + config.commitment * decoded.commit_loss.mean()
+
+    _train(model, loss, fit, config.steps, config.learning_rate, 100, 0.0, 0.995, checkpoint, "autoencoder")
+    return model.eval()
+
+
+def fit_unet(
+    mean: torch.Tensor,
+    logvar: torch.Tensor,
+    labels: torch.Tensor,
+    classes: int,
+    schedule: DDIMScheduler,
+    fit: Fit,
+    device: torch.device,
+    checkpoint: Path,
+) -> LabelledUNet:
+    """Train the U-Net as :func:`fit_dit` trains the DiT, on the squared error of epsilon."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fit.seed + 1)
+        model = build_unet(fit.unet, mean.shape[1:], classes).to(device)
+    process = Process(schedule.alphas_cumprod.double().numpy(), device)
+    _fit_denoiser(model, process.simple_loss, mean, logvar, labels, classes, fit, fit.unet, device, checkpoint)
+    return model
+
+
 def fit_dit(
     mean: torch.Tensor,
     logvar: torch.Tensor,
@@ -144,9 +230,28 @@ def fit_dit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fit.seed + 1)
         model = build_dit(config, mean.shape[1:], classes).to(device)
-    # The model stays in eval mode: its own label dropout would draw from the global generator.
-    model.eval()
     process = Process(schedule.alphas_cumprod.double().numpy(), device)
+    _fit_denoiser(model, process.hybrid_loss, mean, logvar, labels, classes, fit, config, device, checkpoint)
+    return model
+
+
+Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _fit_denoiser(
+    model: nn.Module,
+    objective: Loss,
+    mean: torch.Tensor,
+    logvar: torch.Tensor,
+    labels: torch.Tensor,
+    classes: int,
+    fit: Fit,
+    config: FitDiT | FitUNet,
+    device: torch.device,
+    checkpoint: Path,
+) -> None:
+    # The model stays in eval mode: a DiT's own label dropout would draw from the global generator.
+    model.eval()
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         index = torch.randint(len(mean), (config.batch_size,), generator=generator)
@@ -155,7 +260,7 @@ def fit_dit(
         time = torch.randint(TIMESTEPS, (config.batch_size,), generator=generator)
         dropped = torch.rand(config.batch_size, generator=generator) < config.label_dropout
         label = torch.where(dropped, classes, labels[index])
-        return process.hybrid_loss(model, x0.to(device), noise.to(device), time.to(device), label.to(device))
+        return objective(model, x0.to(device), noise.to(device), time.to(device), label.to(device))
 
     _train(
         model,
@@ -169,7 +274,6 @@ def fit_dit(
         checkpoint,
         "denoiser",
     )
-    return model
 
 
 class Process:
@@ -184,6 +288,13 @@ class Process:
         self.signal, self.sigma = constant(np.sqrt(abar)), constant(np.sqrt(1 - abar))
         self.c0, self.ct = constant(grid.posterior_x0), constant(grid.posterior_xt)
         self.log_beta, self.log_posterior = constant(np.log(grid.betas)), constant(grid.posterior_log_variance)
+
+    def simple_loss(
+        self, model: nn.Module, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor, label: torch.Tensor
+    ) -> torch.Tensor:
+        """Return L_simple, the squared error of epsilon (DDPM, eq. 14)."""
+        eps = model(self.signal[time] * x0 + self.sigma[time] * noise, time, label).sample
+        return F.mse_loss(eps, noise)
 
     def hybrid_loss(
         self, model: nn.Module, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor, label: torch.Tensor
@@ -278,11 +389,16 @@ def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, aver
 
 
 @torch.inference_mode()
-def _encode(vae: AutoencoderKL, pixels: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _encode(
+    vae: AutoencoderKL | VQModel, pixels: np.ndarray, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for start in range(0, len(pixels), 256):
-            posterior = vae.encode(to_unit(pixels[start : start + 256], device)).latent_dist
-            yield posterior.mean.cpu(), posterior.logvar.cpu()
+            encoded = vae.encode(to_unit(pixels[start : start + 256], device))
+            if isinstance(vae, VQModel):
+                yield encoded.latents.cpu(), torch.full_like(encoded.latents, NO_SPREAD).cpu()
+            else:
+                yield encoded.latent_dist.mean.cpu(), encoded.latent_dist.logvar.cpu()
 
     mean, logvar = zip(*batches(), strict=True)
     return torch.cat(mean), torch.cat(logvar)

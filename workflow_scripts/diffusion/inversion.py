@@ -1,4 +1,4 @@
-"""DDIM inversion of clean latents, and streaming moments of what it gives."""
+"""DDIM inversion of clean latents, and streaming moments of what it gives; noising, the control without a network."""
 
 from __future__ import annotations
 
@@ -43,6 +43,15 @@ def invert(
             eps, _ = denoiser.predict(z, timestep, labels, cfg_scale=cfg_scale, cfg_channels=cfg_channels)
             z = (abar_t / abar_s) ** 0.5 * (source - (1 - abar_s) ** 0.5 * eps) + (1 - abar_t) ** 0.5 * eps
     return z
+
+
+def noised_moments(mean: torch.Tensor, variance: torch.Tensor, abar: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and variance of latents at signal power ``abar`` after forward noising, given those of the clean latents.
+
+    It is what D3HR compares inversion with ("DDPM noising"), in closed form: x_t = sqrt(abar) x_0 + sqrt(1-abar) noise, DDPM
+    eq. 4. One noised draw per image would add only its sampling error.
+    """
+    return abar**0.5 * mean, abar * variance + 1 - abar
 
 
 class Moments:

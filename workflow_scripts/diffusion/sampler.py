@@ -78,7 +78,7 @@ def sample(
         start: latents at ``start_step`` (n, c, h, w), float32.
         labels: (n,) int64.
         noise: DDPM's noise (n, start_step + 1, c, h, w); entry i is used at step i. None for DDIM.
-        rows: per-row tensors that the terms and the schedule read, each with n rows.
+        rows: tensors that the terms and the schedule read, with n rows each but for those that the rows share.
         schedule: what the network is told in place of the labels.
 
     Returns:

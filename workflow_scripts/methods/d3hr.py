@@ -87,7 +87,9 @@ def losses(images: Iterable[torch.Tensor], std: torch.Tensor) -> torch.Tensor:
     return torch.stack([*((error.square() @ weights).sqrt() for error in errors), skewness.norm(dim=1)], dim=1)
 
 
-def candidates(seed: int, block: int, groups: int, count: int, dimensions: int, device: torch.device) -> Iterator[torch.Tensor]:
+def candidates(
+    seed: int, block: int, groups: int, count: int, dimensions: int, device: torch.device
+) -> Iterator[torch.Tensor]:
     """Draw one block of groups from a generator of its own: ``count`` times (groups, dimensions), place by place.
 
     Args:
@@ -112,7 +114,9 @@ def _best_noise(
     weights = torch.tensor(settings.weights, device=device)
     std = std.float().to(device)
     best = torch.full((), torch.inf, device=device)
-    winner = torch.zeros(2, dtype=torch.int64, device=device)  # block and place; on the device, so that nothing waits for it
+    winner = torch.zeros(
+        2, dtype=torch.int64, device=device
+    )  # block and place; on the device, so that nothing waits for it
     for block in range(-(-settings.candidates // groups)):
         scores = losses(candidates(seed, block, groups, count, dimensions, device), std) @ weights
         low, place = scores[: settings.candidates - block * groups].min(0)

@@ -1,8 +1,8 @@
 """DMGD (CVPR 2026): dynamic soft labels, and optimal transport from a class's images to its k-means masses.
 
-Both parts are free of training. :class:`SoftLabels` tells the network a label that sharpens while sampling goes on (semantic
-matching). :class:`TransportGuidance` pulls the prediction of the clean latents down the gradient of an entropic transport cost
-(distribution matching); the gradient passes through Tweedie's formula alone, never through the network.
+Both parts are free of training. :class:`SoftLabels` tells the network a label that sharpens while sampling goes on
+(semantic matching). :class:`TransportGuidance` pulls the prediction of the clean latents down the gradient of an entropic
+transport cost (distribution matching); the gradient passes through Tweedie's formula alone, never through the network.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class SoftLabels:
     ``code`` mixes E' = sqrt(s) E + sqrt(1-s) (beta_n U + beta_s f(y*)) and gives E' back the mean and spread of E;
     ``paper`` mixes f' = sqrt(s) f(y) + (1-sqrt(s)) (beta_s f(y*) + beta_n U).
 
-    ``rows["label"]`` (n,) and ``rows["other"]`` (n,) hold int64 labels, ``rows["label_noise"]`` (n, S, 2, P, E) the noise of each
-    step for the class and the null row.
+    ``rows["label"]`` (n,) and ``rows["other"]`` (n,) hold int64 labels, ``rows["label_noise"]`` (n, S, 2, P, E) the noise
+    of each step for the class and the null row.
     """
 
     denoiser: Denoiser
@@ -62,7 +62,7 @@ class SoftLabels:
 
 
 def renormalise(mixed: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
-    """Give each row of ``mixed`` (n, ...) the mean and the standard deviation of that row of ``plain``, over all its entries."""
+    """Give each row of ``mixed`` (n, ...) the mean and the standard deviation of that row of ``plain``."""
     dims = tuple(range(1, mixed.ndim))
     spread = plain.std(dims, keepdim=True) / mixed.std(dims, keepdim=True)
     return (mixed - mixed.mean(dims, keepdim=True)) * spread + plain.mean(dims, keepdim=True)

@@ -138,7 +138,9 @@ class Synthesiser:
         one, two = zip(*found, strict=True)
         return torch.cat(one), torch.cat(two)
 
-    def trace(self, latents: torch.Tensor, embeddings: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, PullBack]:
+    def trace(
+        self, latents: torch.Tensor, embeddings: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, PullBack]:
         """Return images without a graph, and the function from their gradient to those of Z and c.
 
         That re-runs the process with the same noise, one chunk at a time; a single chunk keeps its graph instead.

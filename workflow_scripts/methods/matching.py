@@ -40,7 +40,9 @@ def student(
 ) -> nn.Sequential:
     """Return ConvNet ``number`` of a seed, untrained; the weights below its last layer do not depend on ``classes``."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_for(seed, "", number, purpose))  # torch.manual_seed would also seed CUDA
+        torch.default_generator.manual_seed(
+            seed_for(seed, "", number, purpose)
+        )  # torch.manual_seed would also seed CUDA
         network = convnet(classes, resolution, width)
     return network.to(device)
 
@@ -132,7 +134,13 @@ class Match:
 
 
 def tesla(
-    network: FlatNetwork, start: torch.Tensor, target: torch.Tensor, images: torch.Tensor, feed: Feed, steps: int, rate: float
+    network: FlatNetwork,
+    start: torch.Tensor,
+    target: torch.Tensor,
+    images: torch.Tensor,
+    feed: Feed,
+    steps: int,
+    rate: float,
 ) -> Match:
     """Match a student's end with an expert's, each of its steps' parameters taken as constant (TESLA, eq. 7-9).
 
@@ -165,7 +173,13 @@ def tesla(
 
 
 def unrolled(
-    network: FlatNetwork, start: torch.Tensor, target: torch.Tensor, images: torch.Tensor, feed: Feed, steps: int, rate: float
+    network: FlatNetwork,
+    start: torch.Tensor,
+    target: torch.Tensor,
+    images: torch.Tensor,
+    feed: Feed,
+    steps: int,
+    rate: float,
 ) -> Match:
     """Match likewise, with the gradient through all steps (MTT): as many graphs in memory as steps."""
     with torch.enable_grad():

@@ -31,7 +31,7 @@ from workflow_scripts.diffusion.schedule import Grid
 from workflow_scripts.errors import DataError
 from workflow_scripts.methods.d3hr import draw_group
 from workflow_scripts.methods.dmgd import SoftLabels, TransportGuidance
-from workflow_scripts.methods.manifoldgd import ReleasedManifold, TangentGuidance, tangent_spaces
+from workflow_scripts.methods.manifoldgd import ReleasedManifold, TangentGuidance, tangent_rows
 from workflow_scripts.methods.mgd3 import ModeGuidance
 from workflow_scripts.methods.modes import Modes, Tree
 
@@ -89,7 +89,19 @@ def terms_of(method: DiffusionMethod) -> list[Term]:
             case ModeTerm():
                 terms.append(ModeGuidance(term.scale, term.stop))
             case TangentTerm():
-                terms.append(TangentGuidance(term.scale, term.stop, term.kappa, term.normal_pull))
+                terms.append(
+                    TangentGuidance(
+                        term.scale,
+                        term.stop,
+                        term.kappa,
+                        term.normal_pull,
+                        around=term.around,
+                        noisy=term.noisy,
+                        neighbours=term.neighbours,
+                        variance=term.tangent_variance,
+                        dimension=term.tangent_dim,
+                    )
+                )
             case ReleasedManifoldTerm():
                 terms.append(ReleasedManifold(steps=method.sampler.steps, **term.model_dump(exclude={"term"})))
             case TransportTerm():
@@ -113,8 +125,13 @@ def is_joint(method: DiffusionMethod) -> bool:
 
 
 def needs_latents(method: DiffusionMethod) -> bool:
-    """Say whether a guidance term looks at the real latents themselves."""
-    return any(isinstance(term, TangentTerm) for term in method.guidance)
+    """Say whether what is prepared for a class's images comes from its real latents themselves."""
+    return any(isinstance(term, TangentTerm) and term.around == "prototype" for term in method.guidance)
+
+
+def needs_pool(method: DiffusionMethod) -> bool:
+    """Say whether a guidance term looks at the real latents at each step."""
+    return any(isinstance(term, TangentTerm) and term.around == "x0" for term in method.guidance)
 
 
 def prototypes_of(method: DiffusionMethod, inputs: ClassInputs, ipc: int) -> Modes | None:
@@ -148,24 +165,18 @@ def prepare_rows(
         per-row tensors, each with ``ipc`` rows: ``start`` (ipc, c, h, w), and what the guidance terms read.
     """
     modes = prototypes_of(method, inputs, ipc)
-    rows = {"start": _start(method, inputs, modes, grid, ipc, seed).to(device)}
+    rows = {"start": _start(method, inputs, modes, grid, ipc, seed, device).to(device)}
     if modes is not None:
         rows["prototype"] = torch.from_numpy(modes.means).to(device).view(ipc, *inputs.shape)
     if isinstance(method.labels, SoftLabelSchedule):
         rows |= {key: value.to(device) for key, value in _soft_labels(method.labels, inputs, grid, ipc, seed).items()}
     for term in method.guidance:
         if isinstance(term, TangentTerm):
-            assert modes is not None and inputs.latents is not None
-            latents = torch.from_numpy(inputs.latents).to(device).flatten(1)
-            sizes = torch.from_numpy(modes.sizes).to(device)
-            if term.neighbourhood == "class":
-                sizes = torch.full_like(sizes, len(latents))
-            means = torch.from_numpy(modes.means).to(device)
-            basis, centre = tangent_spaces(
-                means, sizes, latents, term.neighbours, term.tangent_variance, term.tangent_dim
-            )
-            rows["basis"] = torch.nn.functional.pad(basis, (0, term.neighbours - basis.shape[2]))
-            rows["centre"] = centre.view(ipc, *inputs.shape)
+            assert modes is not None
+            latents = None if inputs.latents is None else torch.from_numpy(inputs.latents).to(device).flatten(1)
+            means, sizes = (torch.from_numpy(values).to(device) for values in (modes.means, modes.sizes))
+            keys = [seed_for(seed, inputs.name, index, "patch") for index in range(ipc)]
+            rows |= tangent_rows(term, means, sizes, latents, keys)
         elif isinstance(term, ReleasedManifoldTerm):
             rows["key"] = torch.tensor([seed_for(seed, inputs.name, index, "cloud") for index in range(ipc)])
         elif isinstance(term, TransportTerm):
@@ -193,12 +204,18 @@ def _soft_labels(
 
 
 def _start(
-    method: DiffusionMethod, inputs: ClassInputs, modes: Modes | None, grid: Grid, ipc: int, seed: int
+    method: DiffusionMethod,
+    inputs: ClassInputs,
+    modes: Modes | None,
+    grid: Grid,
+    ipc: int,
+    seed: int,
+    device: torch.device,
 ) -> torch.Tensor:
     if isinstance(method.start, GaussianStart):
         assert inputs.gaussian is not None
         mean, variance = (torch.from_numpy(inputs.gaussian[key]).double() for key in ("mean", "variance"))
-        return draw_group(mean, variance, ipc, method.start, stream(seed, inputs.name, 0, "group"))
+        return draw_group(mean, variance, ipc, method.start, stream(seed, inputs.name, 0, "group"), device)
     noise = batch_noise([stream(seed, inputs.name, index, "start") for index in range(ipc)], *inputs.shape)
     if isinstance(method.start, PrototypeStart):
         assert modes is not None

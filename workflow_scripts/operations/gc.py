@@ -21,6 +21,8 @@ def referenced(recipes: Recipes) -> Iterator[Path]:
     results = recipes.config.results
     for job in recipes.jobs():
         yield results / job.manifest
+        if job.stage == "match":
+            yield recipes.checkpoint(job.shard)
         if job.stage in CLASS_STAGES:
             yield from map(recipes.store.path, recipes.stage_results(job.stage, job.shard))
         elif job.stage == "export":
@@ -61,12 +63,12 @@ def size(path: Path) -> int:
 
 def _collectable(results: Path) -> Iterator[Path]:
     store = results / "store"
-    for pattern in ("*.zarr/*/*", "evaluate/*", "backbones/*", f"{QUARANTINE}/*"):
+    for pattern in ("*.zarr/*/*", "evaluate/*", "backbones/*", "match.checkpoints/*", f"{QUARANTINE}/*"):
         yield from sorted(store.glob(pattern))
     for pattern in ("datasets/*", "manifests/*/*", "*/reports/*"):
         yield from sorted(results.glob(pattern))
 
 
 def _settled(path: Path) -> bool:
-    working = path.name.startswith(TEMPORARY) or path.name.endswith(".checkpoints")
+    working = path.name.startswith(TEMPORARY) or ".checkpoints" in (path.suffix, path.parent.suffix)
     return not working or time.time() - path.stat().st_mtime > LEFTOVER_AGE

@@ -16,7 +16,7 @@ from workflow_scripts.recipes import RECIPES
 
 PACKAGE = Path(__file__).resolve().parent.parent
 LOCK = PACKAGE / "recipes.lock.json"
-_IMAGES = ("data/preprocess.py", "data/sources.py")
+_IMAGES = ("data/preprocess.py", "data/sources.py", "data/digits_photo.py")
 _DENOISING = ("diffusion/backbone.py", "diffusion/schedule.py", "stages/inputs.py")
 MEANING = {
     "fit_backbone": ("stages/fit_backbone.py", "diffusion/fit.py", "diffusion/schedule.py", *_IMAGES),
@@ -27,7 +27,23 @@ MEANING = {
         "stages/sample.py",
         "diffusion/sampler.py",
         "diffusion/noise.py",
-        *(f"methods/{name}.py" for name in ("coresets", "d3hr", "manifoldgd", "mgd3", "modes", "registry")),
+        *(f"methods/{name}.py" for name in ("coresets", "d3hr", "dmgd", "manifoldgd", "mgd3", "modes", "registry")),
+        *_DENOISING,
+        *_IMAGES,
+    ),
+    "experts": (
+        "stages/experts.py",
+        "methods/dsa.py",
+        "methods/matching.py",
+        "diffusion/noise.py",
+        "evaluation/architectures.py",
+        *_IMAGES,
+    ),
+    "match": (
+        "stages/match.py",
+        *(f"methods/{name}.py" for name in ("dsa", "ld3m", "matching")),
+        "diffusion/noise.py",
+        "evaluation/architectures.py",
         *_DENOISING,
         *_IMAGES,
     ),

@@ -59,15 +59,15 @@ def train_expert(images: torch.Tensor, labels: torch.Tensor, classes: int, recip
     network = student(classes, images.shape[1], recipe["width"], 0, recipe["number"], images.device, "expert")
     flat, vector = FlatNetwork(network), flatten(network)
     generator = stream(0, "", recipe["number"], "expert")
-    trajectory = [vector.cpu()]
+    trajectory = [vector.clone()]
     for _ in range(recipe["epochs"]):
         order = torch.from_numpy(generator.permutation(len(images))).to(images.device)
         for chosen in order.split(recipe["batch_size"]):
             augmented = draw(generator, recipe["dsa"], len(chosen))(normalised(to_pixels(images[chosen])))
             gradient = flat.gradient(vector.requires_grad_(), augmented, labels[chosen])
             vector = vector.detach() - recipe["learning_rate"] * gradient
-        trajectory.append(vector.cpu())
-    return torch.stack(trajectory).numpy()
+        trajectory.append(vector.clone())
+    return torch.stack(trajectory).cpu().numpy()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 
 from workflow_scripts.config import Inversion
 from workflow_scripts.diffusion.backbone import Denoiser
-from workflow_scripts.diffusion.inversion import Moments, invert
+from workflow_scripts.diffusion.inversion import Moments, invert, noised_moments
 from workflow_scripts.diffusion.schedule import respace
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import stage_main
@@ -38,22 +38,21 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
 def class_gaussian(
     denoiser: Denoiser, latents: torch.Tensor, recipe: Mapping[str, Any], batch: int
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Stream a class's latents (n, c, h, w) through the inversion; return mean and variance (c, h, w) fp32, and the count."""
+    """Stream a class's latents (n, c, h, w) through the map; return mean and variance (c, h, w) fp32, and the count."""
     grid = respace(denoiser.abar, recipe["steps"], recipe["spacing"])
+    settings, until = Inversion(**recipe["inversion"]), grid.step_of(recipe["timestep"])
     moments = Moments()
     for part in latents.split(batch):
-        inverted = invert(
-            denoiser,
-            grid,
-            part.to(denoiser.device),
-            torch.full((len(part),), recipe["label"], device=denoiser.device),
-            grid.step_of(recipe["timestep"]),
-            Inversion(**recipe["inversion"]),
-            cfg_scale=recipe["cfg_scale"],
-            cfg_channels=recipe["cfg_channels"],
-        )
-        moments.update(inverted)
-    mean, variance = (moment.float().cpu().numpy() for moment in moments.result())
+        part = part.to(denoiser.device)
+        if settings.map == "ddim":
+            labels = torch.full((len(part),), recipe["label"], device=denoiser.device)
+            guidance = {"cfg_scale": recipe["cfg_scale"], "cfg_channels": recipe["cfg_channels"]}
+            part = invert(denoiser, grid, part, labels, until, settings, **guidance)
+        moments.update(part)
+    fitted = moments.result()
+    if settings.map == "noise":
+        fitted = noised_moments(*fitted, float(grid.abar[until]))
+    mean, variance = (moment.float().cpu().numpy() for moment in fitted)
     return {"mean": mean, "variance": variance}, {"count": moments.count}
 
 

@@ -70,7 +70,7 @@ def gather(recipes: Recipes) -> ReportData:
             test_counts=tuple(len(recipes.catalog.entries(name, "test")) for name in recipes.classes),
         ),
         methods=tuple(
-            MethodInfo(name, method.summary, method.model_dump(mode="json", exclude={"summary"}))
+            MethodInfo(name, method.summary, method.model_dump(mode="json", exclude={"summary", "paper"}))
             for name, method in config.compared().items()
         ),
         ipcs=config.ipc,

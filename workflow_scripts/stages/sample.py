@@ -20,13 +20,15 @@ from workflow_scripts.diffusion.noise import batch_noise, stream
 from workflow_scripts.diffusion.sampler import sample
 from workflow_scripts.diffusion.schedule import Grid, respace
 from workflow_scripts.errors import DataError
-from workflow_scripts.methods.coresets import select
+from workflow_scripts.methods.coresets import collage, select
+from workflow_scripts.methods.manifoldgd import shared_latents
 from workflow_scripts.methods.registry import (
     ClassInputs,
     is_greedy,
     is_joint,
     label_schedule_of,
     needs_latents,
+    needs_pool,
     prepare_rows,
     start_step,
     terms_of,
@@ -61,10 +63,12 @@ def choose_real(recipes: Recipes, method: CoresetMethod, result: Result) -> Comp
     config, name = recipes.config, result.class_name
     keys = recipes.store.record(recipes.latents(name))["images"]
     latents = scaled_latents(recipes, name)[: len(keys)]  # without mirror images
-    ipc, seed = result.recipe["ipc"], result.recipe["seed"]
-    if len(keys) < ipc:
-        raise DataError(f"class {name}: {len(keys)} readable images, fewer than IPC {ipc}. Add images, or lower ipc.")
-    chosen = select(method.select, latents, ipc, stream(seed, name, 0, "coreset"))
+    ipc, seed, count = result.recipe["ipc"], result.recipe["seed"], result.recipe["ipc"] * method.parts
+    if len(keys) < count:
+        raise DataError(
+            f"class {name}: {len(keys)} readable images, fewer than the {count} that IPC {ipc} takes. Add images, or lower ipc."
+        )
+    chosen = select(method.select, latents, count, stream(seed, name, 0, "coreset"))
     by_key = {entry.key: entry for entry in recipes.catalog.entries(name, "train")}
     batches = load_squares(
         recipes.catalog.source,
@@ -75,8 +79,11 @@ def choose_real(recipes: Recipes, method: CoresetMethod, result: Result) -> Comp
         workers=config.compute.workers,
         batch=config.compute.encode_batch,
     )
-    images = np.concatenate([pixels for _, pixels in batches])
-    return result, {"images": images, "latents": latents[chosen]}, {"chosen": [keys[index] for index in chosen]}
+    arrays = {"images": np.concatenate([pixels for _, pixels in batches]), "latents": latents[chosen]}
+    if method.parts == 4:  # the latents of a collage stand for those that its encoding would have
+        images = collage(arrays["images"].transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
+        arrays = {"images": images.round().astype(np.uint8), "latents": collage(arrays["latents"])}
+    return result, arrays, {"chosen": [keys[index] for index in chosen]}
 
 
 def synthesise(recipes: Recipes, name: str, missing: list[Result], device: torch.device) -> Iterator[Computed]:
@@ -92,9 +99,13 @@ def synthesise(recipes: Recipes, name: str, missing: list[Result], device: torch
         inputs = class_inputs(recipes, name, result, denoiser)
         return prepare_rows(method, inputs, grid, result.recipe["ipc"], result.recipe["seed"], device)
 
+    def latents_of(class_name: str) -> torch.Tensor:
+        return torch.from_numpy(scaled_latents(recipes, class_name)).to(device).flatten(1)
+
     fixed = device.type == "cuda" or config.compute.compile
+    pool = latents_of if needs_pool(method) else None
     for result, latents in sample_results(
-        denoiser, method, missing, prepare, config.compute.sample_batch, fixed_shape=fixed
+        denoiser, method, missing, prepare, config.compute.sample_batch, fixed_shape=fixed, latents_of=pool
     ):
         if not torch.isfinite(latents).all():
             raise DataError(
@@ -136,12 +147,14 @@ def sample_results(
     batch: int,
     *,
     fixed_shape: bool,
+    latents_of: Callable[[str], torch.Tensor] | None = None,
 ) -> Iterator[tuple[Result, torch.Tensor]]:
     """Sample the rows of many results in batches that may span several of them.
 
     Args:
         prepare: the per-row tensors of one result.
         fixed_shape: fill the last batch with repeated rows, so that compiled code and kernels stay the same.
+        latents_of: the real latents (n, D) of a class, where guidance looks at them at each step: held once per batch.
 
     Yields:
         each result with its latents (ipc, c, h, w), in order.
@@ -159,6 +172,8 @@ def sample_results(
             rows = {key: value[filler.to(value.device)] for key, value in rows.items()}
             rows["set"][count:] = -1
             owners = owners + [owners[-1]] * (batch - count)
+        if latents_of is not None:
+            rows |= shared_latents([result.class_name for result, _ in owners], latents_of)
         labels = torch.tensor([result.recipe["label"] for result, _ in owners], device=denoiser.device)
         noise = None
         if method.sampler.kind == "ddpm":

@@ -74,14 +74,14 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def progress(items: Iterable[Any], total: int, name: str) -> Iterator[Any]:
+def progress(items: Iterable[Any], total: int, name: str, unit: str = "result") -> Iterator[Any]:
     """Show progress: a bar on a terminal, a line a minute in a log."""
     terminal = sys.stderr.isatty()
     yield from tqdm(
         items,
         total=total,
         desc=name,
-        unit="result",
+        unit=unit,
         mininterval=0.2 if terminal else 60,
         maxinterval=60,
         ascii=not terminal,

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from workflow_scripts.config import Dataset, Generate
-from workflow_scripts.data.catalog import Catalog
+from workflow_scripts.data.catalog import Catalog, open_source
 from workflow_scripts.data.digits_photo import DigitsPhoto
-from workflow_scripts.data.sources import Digits, Split, open_source
+from workflow_scripts.data.sources import Digits, Split
 
 # SHA-256 of the first images of each class and split at seed 0. It must never change: scores would no longer compare.
 PIXELS = "d3c04264127f28c0b2d69d965084bf0b97027b3b70ac7c23e4a7ab565b891029"

@@ -13,7 +13,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from workflow_scripts.config import Dataset
-from workflow_scripts.data.sources import BadImage, Digits, ImageEntry, ImageFolder, open_source
+from workflow_scripts.data.catalog import open_source
+from workflow_scripts.data.sources import BadImage, Digits, ImageEntry, ImageFolder
 from workflow_scripts.errors import DataError
 
 # SHA-256 of the sorted keys of the test split, all classes. It must never change: scores would no longer compare.

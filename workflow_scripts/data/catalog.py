@@ -6,9 +6,20 @@ from functools import lru_cache
 from pathlib import Path
 
 from workflow_scripts.config import Dataset
-from workflow_scripts.data.sources import ImageEntry, Source, Split, open_source
+from workflow_scripts.data.digits_photo import DigitsPhoto
+from workflow_scripts.data.sources import Digits, ImageEntry, ImageFolder, Source, Split
 from workflow_scripts.errors import DataError
 from workflow_scripts.store.digests import digest, file_digests
+
+
+def open_source(dataset: Dataset) -> Source:
+    """Return the source that a dataset section describes."""
+    if dataset.source == "digits":
+        return Digits()
+    if dataset.source == "digits-photo":
+        return DigitsPhoto(**dataset.generate.model_dump())
+    assert dataset.root is not None and dataset.test_root is not None  # the configuration saw to that
+    return ImageFolder(dataset.root, dataset.test_root)
 
 
 class Catalog:

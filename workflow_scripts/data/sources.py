@@ -17,7 +17,6 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from workflow_scripts.config import Dataset
 from workflow_scripts.errors import DataError
 
 Split = Literal["train", "test"]
@@ -60,18 +59,6 @@ class Source(Protocol):
         Raises:
             BadImage: if it cannot be decoded whole.
         """
-
-
-def open_source(dataset: Dataset) -> Source:
-    """Return the source that a dataset section describes."""
-    if dataset.source == "digits":
-        return Digits()
-    if dataset.source == "digits-photo":
-        from workflow_scripts.data.digits_photo import DigitsPhoto  # which builds on Digits
-
-        return DigitsPhoto(**dataset.generate.model_dump())
-    assert dataset.root is not None and dataset.test_root is not None  # the configuration saw to that
-    return ImageFolder(dataset.root, dataset.test_root)
 
 
 class ImageFolder:

@@ -69,32 +69,25 @@ def fit_backbone(
 
 def build_vae(config: FitVAE, resolution: int) -> AutoencoderKL:
     """Return an untrained KL autoencoder whose latents are smaller by 2^(levels - 1)."""
-    levels = len(config.channels)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=config.channels,
-        layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels,
-        norm_num_groups=math.gcd(*config.channels, 32) // 2 or 1,
-        sample_size=resolution,
-    )
+    return AutoencoderKL(**_autoencoder_shape(config, resolution))
 
 
 def build_vq(config: FitVAE, resolution: int) -> VQModel:
     """Return an untrained VQ autoencoder of the same shape."""
+    return VQModel(**_autoencoder_shape(config, resolution), num_vq_embeddings=config.codes, scaling_factor=1.0)
+
+
+def _autoencoder_shape(config: FitVAE, resolution: int) -> dict[str, Any]:
     levels = len(config.channels)
-    return VQModel(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=config.channels,
-        layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels,
-        num_vq_embeddings=config.codes,
-        norm_num_groups=math.gcd(*config.channels, 32) // 2 or 1,
-        sample_size=resolution,
-        scaling_factor=1.0,
-    )
+    return {
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "block_out_channels": config.channels,
+        "layers_per_block": config.layers_per_block,
+        "latent_channels": config.latent_channels,
+        "norm_num_groups": math.gcd(*config.channels, 32) // 2 or 1,
+        "sample_size": resolution,
+    }
 
 
 def build_unet(config: FitUNet, latent_shape: Sequence[int], classes: int) -> LabelledUNet:

@@ -229,8 +229,8 @@ def _class_by_class(
                 else:
                     loss = feature_distance(network, reference, synthetic)
             gradients.append(torch.autograd.grad(loss, leaf)[0])
-            losses.append(float(loss.detach()))
-        return Match(losses, torch.cat(gradients))
+            losses.append(loss.detach())
+        return Match(torch.stack(losses).tolist(), torch.cat(gradients))
 
     return compare
 

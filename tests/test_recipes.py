@@ -378,7 +378,7 @@ def test_imagenet_can_be_planned(
     plan_site: MakeSite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     listing = Listing()
-    monkeypatch.setattr("workflow_scripts.data.catalog.open_source", lambda dataset: listing)
+    monkeypatch.setattr("workflow_scripts.data.catalog.open_source", lambda *_: listing)
     site = plan_site()
     (site.backbone / "labels.json").write_text(json.dumps(listing.classes()))
     config = site.config(

@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="what of a run is valid, what is missing, and why")
     plan.add_argument("--verbose", action="store_true", help="name every missing result")
     plan.add_argument("--json", action="store_true", help="print JSON")
+    _add_look(plan)
     plan.set_defaults(command=_plan)
 
     status = commands.add_parser("status", help="how far a run is")
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser(
         "verify", help="re-read what a run has stored; set damaged results aside, to be made again"
     )
+    _add_look(verify)
     verify.set_defaults(command=_verify)
 
     collect = commands.add_parser("gc", help="list what no configured run refers to")
@@ -70,8 +72,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_look(parser: argparse.ArgumentParser) -> None:
+    """Add the options that look closer at the real images than their folders' times of change."""
+    look = parser.add_mutually_exclusive_group()
+    look.add_argument(
+        "--rescan",
+        dest="look",
+        action="store_const",
+        const="rescan",
+        default="noted",
+        help="ask every image for its size and time of change: finds images that were edited in place",
+    )
+    look.add_argument(
+        "--deep",
+        dest="look",
+        action="store_const",
+        const="deep",
+        help="besides, hash every image, and name those whose bytes changed though size and time did not",
+    )
+
+
 def _recipes(arguments: argparse.Namespace) -> Recipes:
-    recipes = Recipes(read_config(arguments))
+    recipes = Recipes(read_config(arguments), getattr(arguments, "look", "noted"))
     recipes.check()
     return recipes
 
@@ -79,8 +101,18 @@ def _recipes(arguments: argparse.Namespace) -> Recipes:
 def _plan(arguments: argparse.Namespace) -> int:
     from workflow_scripts.operations.show import plan
 
-    plan(_recipes(arguments), verbose=arguments.verbose, as_json=arguments.json)
-    return 0
+    recipes = _recipes(arguments)
+    plan(recipes, verbose=arguments.verbose, as_json=arguments.json)
+    return _tell_changed(recipes) if arguments.look == "deep" else 0
+
+
+def _tell_changed(recipes: Recipes) -> int:
+    """Name the images whose bytes changed unseen."""
+    for place in (changed := recipes.catalog.changed_bytes()):
+        print(f"{place}: its bytes changed, though its size and time did not.", file=sys.stderr)
+    if changed and recipes.config.dataset.fingerprint == "stat":
+        print("Put them back, or `touch` them, or set dataset.fingerprint: content.", file=sys.stderr)
+    return 1 if changed else 0
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -100,9 +132,11 @@ def _methods(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from workflow_scripts.operations.verify import verify
 
-    found = verify(_recipes(arguments))
+    recipes = _recipes(arguments)
+    found = verify(recipes)
     print("\n".join(found) if found else "Everything that is there is whole.")
-    return 1 if found else 0
+    changed = _tell_changed(recipes) if arguments.look == "deep" else 0
+    return 1 if found else changed
 
 
 def _gc(arguments: argparse.Namespace) -> int:

@@ -44,22 +44,30 @@ class Generate(Strict):
 class Dataset(Strict):
     """Where the real images are, and how each becomes a square of ``resolution`` pixels."""
 
-    source: Literal["digits", "digits-photo", "imagefolder"] = Field(
-        description="digits ships with scikit-learn; digits-photo paints them over photographs; imagefolder is root/class/*.png"
+    source: Literal["digits", "digits-photo", "imagefolder", "imagenet", "class-tars", "webdataset", "parquet"] = Field(
+        description="digits ships with scikit-learn; digits-photo paints them over photographs; imagefolder is "
+        "root/class/*.png; imagenet finds out the layouts of root and test_root; the others name root's layout and find "
+        "out test_root's"
     )
     generate: Generate = Field(Generate(), description="how many images digits-photo makes")
-    root: Path | None = Field(None, description="training images, one folder per class (imagefolder)")
-    test_root: Path | None = Field(None, description="held-out images in the same layout (imagefolder)")
+    root: Path | None = Field(None, description="training images: a folder, or a tar or parquet file")
+    test_root: Path | None = Field(None, description="held-out images, in any layout (imagefolder: the same)")
     classes: tuple[str, ...] | None = Field(
         None, description="the classes to use, in label order; default: all, sorted"
     )
     subset: str | None = Field(None, description="a published subset of ImageNet in place of classes, e.g. imagewoof")
+    test_labels: Path | None = Field(
+        None, description="file with the classes of flat test images; default: one that lies near them"
+    )
     resolution: PositiveInt = Field(256, description="side in pixels at which the backbone sees an image")
     crop: Literal["adm", "resize"] = Field(
-        "adm", description="adm: halve, bicubic, centre crop; resize: bicubic short side, centre crop"
+        "adm", description="adm: halve, bicubic, centre crop; resize: short side, centre crop"
+    )
+    resample: Literal["bilinear", "bicubic", "lanczos", "box"] = Field(
+        "bicubic", description="interpolation of crop: resize; adm is bicubic by definition"
     )
     fingerprint: Literal["stat", "content"] = Field(
-        "stat", description="what identifies an image: path, size and mtime, or a hash of its bytes"
+        "stat", description="what identifies an image: name, size and mtime, or name and a hash of its bytes"
     )
     on_bad_image: Literal["fail", "skip"] = Field(
         "fail", description="an unreadable image stops the run, or is left out and listed in the report"
@@ -74,6 +82,22 @@ class Dataset(Strict):
                 raise ValueError(f"subset: there is none named {self.subset!r}; {one_of(self.subset, subset_names())}")
         return self
 
+    @model_validator(mode="after")
+    def _interpolation(self) -> Dataset:
+        if self.crop == "adm" and self.resample != "bicubic":
+            raise ValueError(f"crop adm is bicubic; resample: {self.resample} needs crop: resize")
+        return self
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the images are files of the user's."""
+        return not self.source.startswith("digits")
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """What label indices stand for: ImageNet's sorted WordNet ids, or None for what the files say."""
+        return subset_classes("imagenet1k") if self.source == "imagenet" or self.subset is not None else None
+
     @property
     def chosen_classes(self) -> tuple[str, ...] | None:
         """The classes to use in label order, or None for all that the source has."""
@@ -81,9 +105,9 @@ class Dataset(Strict):
 
     @model_validator(mode="after")
     def _folders(self) -> Dataset:
-        if self.source == "imagefolder" and (self.root is None or self.test_root is None):
+        if self.on_disk and (self.root is None or self.test_root is None):
             raise ValueError(
-                "source imagefolder needs root and test_root, folders that hold one folder of images per class"
+                f"source {self.source} needs root and test_root, where the training and the test images are"
             )
         return self
 

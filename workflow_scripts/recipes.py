@@ -26,7 +26,7 @@ from workflow_scripts.config import (
     SoftLabelSchedule,
     TransportTerm,
 )
-from workflow_scripts.data.catalog import Catalog
+from workflow_scripts.data.catalog import Catalog, Look
 from workflow_scripts.diffusion.checkpoint import TIMESTEPS, Checkpoint, open_checkpoint
 from workflow_scripts.diffusion.schedule import offset_timesteps, spaced_timesteps
 from workflow_scripts.errors import ConfigError, DataError
@@ -124,10 +124,10 @@ class Recipes:
         store: where results are.
     """
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, look: Look = "noted"):
         self.config = config
         self.store = Store(config.results / "store")
-        self.catalog = Catalog(config.dataset, config.results / "cache")
+        self.catalog = Catalog(config.dataset, config.results / "cache", look)
         self._known: dict[tuple[Any, ...], Any] = {}
 
     @property
@@ -362,7 +362,9 @@ class Recipes:
 
     @property
     def _preprocessing(self) -> dict[str, Any]:
-        return {key: getattr(self.config.dataset, key) for key in ("resolution", "crop")}
+        dataset = self.config.dataset
+        named = {} if dataset.resample == "bicubic" else {"resample": dataset.resample}
+        return {"resolution": dataset.resolution, "crop": dataset.crop, **named}
 
     # ---------------------------------------------------------------- sets and trainings
 
@@ -552,7 +554,8 @@ class Recipes:
         cells = [(method, ipc) for method in self.config.compare for ipc in self.config.ipc]
         recipes = [digest(self.training_recipe(training)) for cell in cells for training in self.trainings(*cell)]
         shown = self.config.model_dump(
-            mode="json", exclude={"results": True, "dataset": {"root", "test_root"}, "backbone": {"path"}}
+            mode="json",
+            exclude={"results": True, "dataset": {"root", "test_root", "test_labels"}, "backbone": {"path"}},
         )
         content = {"recipe": RECIPES["report"], "config": shown, "trainings": recipes}
         return content, len(recipes), [("evaluate", shard) for shard in self.shards_of("evaluate")]
@@ -602,12 +605,12 @@ class Recipes:
         self._check_shapes()
         for name in self.classes:
             self.backbone.label_of(name)
-            self.catalog.entries(name, "test")
+            self.catalog.count(name, "test")
         most, needing = max(
             ((self._images_needed(m), n) for n, m in self.config.compared().items()), key=lambda need: need[0]
         )
         for name in self.classes if most else []:
-            if (count := len(self.catalog.entries(name, "train"))) < most:
+            if (count := self.catalog.count(name, "train")) < most:
                 raise DataError(
                     f"class {name}: has {count} training images, fewer than the {most} that {needing} needs at IPC "
                     f"{max(self.config.ipc)}. Add images, leave the class out with dataset.classes, or lower ipc."

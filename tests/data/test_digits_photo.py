@@ -9,6 +9,7 @@ import pytest
 from workflow_scripts.config import Dataset, Generate
 from workflow_scripts.data.catalog import Catalog, open_source
 from workflow_scripts.data.digits_photo import DigitsPhoto
+from workflow_scripts.data.notes import Notes
 from workflow_scripts.data.sources import Digits, Split
 
 # SHA-256 of the first images of each class and split at seed 0. It must never change: scores would no longer compare.
@@ -58,7 +59,7 @@ def test_each_split_is_drawn_from_its_own_digits(split: Split) -> None:
 
 def test_the_configured_source_reaches_the_catalog(tmp_path: Path) -> None:
     dataset = Dataset(source="digits-photo", resolution=32, generate=Generate(train=4, test=2, seed=1))
-    assert isinstance(open_source(dataset), DigitsPhoto)
+    assert isinstance(open_source(dataset, Notes(tmp_path)), DigitsPhoto)
     catalog = Catalog(dataset, tmp_path)
     assert len(catalog.entries("0", "train")) == 4
     other = dataset.model_copy(update={"generate": Generate(train=4, test=2, seed=2)})

@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 
 from workflow_scripts.config import Dataset
 from workflow_scripts.data.catalog import open_source
+from workflow_scripts.data.notes import Notes
 from workflow_scripts.data.sources import BadImage, Digits, ImageEntry, ImageFolder
 from workflow_scripts.errors import DataError
 
@@ -55,7 +56,9 @@ def test_digits_are_split_70_to_30_within_each_class_and_for_ever() -> None:
 
 def test_digits_are_listed_alike_every_time() -> None:
     assert Digits().entries("3", "train") == Digits().entries("3", "train")
-    assert open_source(Dataset(source="digits", resolution=32)).entries("3", "test") == Digits().entries("3", "test")
+    assert open_source(Dataset(source="digits", resolution=32), Notes(Path())).entries("3", "test") == Digits().entries(
+        "3", "test"
+    )
 
 
 # ---------------------------------------------------------------- folders

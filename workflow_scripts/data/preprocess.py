@@ -12,7 +12,7 @@ from PIL import Image
 from workflow_scripts.data.sources import BadImage, ImageEntry, Source
 
 Crop = Literal["adm", "resize"]
-Resample = Literal["bilinear", "bicubic"]
+Resample = Literal["bilinear", "bicubic", "lanczos", "box"]
 
 
 def square(image: Image.Image, resolution: int, crop: Crop, resample: Resample = "bicubic") -> np.ndarray:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib.util
+import io
 import os
+import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,12 +39,23 @@ class BadImage(DataError):
 
 @dataclass(frozen=True)
 class ImageEntry:
-    """One image of a class: its key inside the class, and what identifies its content cheaply."""
+    """One image of a class: its key inside the class, what identifies its content cheaply, and where its bytes are.
+
+    Attributes:
+        offset: None if ``path`` is the image's own file; else where the image is in it: the byte at which a tar's member
+            begins, or the row of a parquet file.
+    """
 
     key: str
     size: int
     mtime_ns: int
     path: str
+    offset: int | None = None
+
+    @property
+    def place(self) -> str:
+        """The image's place as people are told it."""
+        return self.path if self.offset is None else f"{self.path}:{self.key}"
 
 
 class Source(Protocol):
@@ -83,30 +97,73 @@ class ImageFolder:
 
     def entries(self, class_name: str, split: Split) -> list[ImageEntry]:
         """Return the images of a class folder, sorted by file name."""
-        folder = self._roots[split] / class_name
-        try:
-            with os.scandir(folder) as found:
-                files = [
-                    entry for entry in found if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and entry.is_file()
-                ]
-        except OSError as error:
-            raise DataError(
-                f"class {class_name}: {folder} cannot be listed ({error.strerror}). Each class needs this folder."
-            ) from None
-        entries = []
-        for file in sorted(files, key=lambda file: file.name):
-            stat = file.stat()
-            entries.append(ImageEntry(file.name, stat.st_size, stat.st_mtime_ns, file.path))
-        return entries
+        return list_folder(self._roots[split] / class_name, class_name)
 
     def load(self, entry: ImageEntry, class_name: str) -> Image.Image:
         """Decode one file to RGB, upright according to its EXIF orientation."""
-        try:
-            with Image.open(entry.path) as image:
-                return to_rgb(image)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = "zero bytes" if entry.size == 0 else f"cannot be decoded ({error})"
-            raise BadImage(entry.path, class_name, reason) from None
+        return decode(entry, class_name, read_file)
+
+
+def list_folder(folder: Path, class_name: str) -> list[ImageEntry]:
+    """Return the images right in a folder, sorted by file name."""
+    try:
+        with os.scandir(folder) as found:
+            files = [entry for entry in found if is_image(entry.name) and entry.is_file()]
+    except OSError as error:
+        raise DataError(
+            f"class {class_name}: {folder} cannot be listed ({error.strerror}). Each class needs this folder."
+        ) from None
+    entries = []
+    for file in sorted(files, key=lambda file: file.name):
+        stat = file.stat()
+        entries.append(ImageEntry(file.name, stat.st_size, stat.st_mtime_ns, file.path))
+    return entries
+
+
+def is_image(name: str) -> bool:
+    """Say whether a file is an image by its name."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def read_file(entry: ImageEntry) -> bytes:
+    """Return the bytes of an image that is a file or a tar's member.
+
+    Raises:
+        DataError: if it is not what was listed any more; the results would be filed under what it was.
+        OSError: if it cannot be read.
+    """
+    with Path(entry.path).open("rb") as file:
+        if entry.offset is None:
+            stat = os.fstat(file.fileno())
+            same = (stat.st_size, stat.st_mtime_ns) == (entry.size, entry.mtime_ns)
+            content = file.read()
+        else:
+            file.seek(entry.offset - tarfile.BLOCKSIZE)
+            header = file.read(tarfile.BLOCKSIZE)
+            try:
+                same = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size == entry.size
+            except tarfile.HeaderError:
+                same = False
+            content = file.read(entry.size)
+    if not same:
+        raise DataError(
+            f"{entry.place}: changed since it was listed. Run `stillhouse plan --rescan`, then the same command again."
+        )
+    return content
+
+
+def decode(entry: ImageEntry, class_name: str, read: Callable[[ImageEntry], bytes]) -> Image.Image:
+    """Read and decode one image to RGB, upright according to its EXIF orientation.
+
+    Raises:
+        BadImage: if it cannot be decoded whole.
+    """
+    try:
+        with Image.open(io.BytesIO(read(entry))) as image:
+            return to_rgb(image)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "zero bytes" if entry.size == 0 else f"cannot be decoded ({error})"
+        raise BadImage(entry.place, class_name, reason) from None
 
 
 # EXIF 2.3, tag Orientation: how to turn the stored picture upright.

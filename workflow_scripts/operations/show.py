@@ -20,7 +20,8 @@ def plan(recipes: Recipes, *, verbose: bool, as_json: bool) -> None:
     """Print what is valid, what is missing and why; ``verbose`` names every missing item."""
     surveys = survey(recipes, explain=True)
     if as_json:
-        print(json.dumps({"run": recipes.config.run, "stages": [_as_dict(stage) for stage in surveys]}, indent=1))
+        stages = [_as_dict(stage) for stage in surveys]
+        print(json.dumps({"run": recipes.config.run, "images": recipes.catalog.describe(), "stages": stages}, indent=1))
         return
     console = Console()
     table = Table(box=box.SIMPLE_HEAD)
@@ -35,6 +36,8 @@ def plan(recipes: Recipes, *, verbose: bool, as_json: bool) -> None:
         )
     classes = len(recipes.classes)
     console.print(f"Run [bold]{recipes.config.run}[/]: {classes} classes, backbone {recipes.backbone.path}")
+    for split, found in recipes.catalog.describe().items():
+        console.print(f"{split}: {found}", highlight=False, soft_wrap=True, markup=False)
     console.print(table)
     if verbose:
         for stage in surveys:

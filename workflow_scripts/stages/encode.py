@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from workflow_scripts.data.preprocess import load_squares
 from workflow_scripts.data.sources import BadImage
@@ -23,6 +25,9 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     config = recipes.config
     if config.dataset.on_bad_image == "fail":
         _refuse_skipped(recipes, shard)
+    if config.dataset.source != "imagefolder":  # which says all there is to say
+        for split, found in recipes.catalog.describe().items():
+            tqdm.write(f"{split}: {found}", file=sys.stderr)
     quiet_libraries()
     device = pick_device(config.compute.device)
 
@@ -62,6 +67,7 @@ def encode_class(
             entries,
             resolution=config.dataset.resolution,
             crop=config.dataset.crop,
+            resample=config.dataset.resample,
             workers=config.compute.workers,
             batch=config.compute.encode_batch,
             on_bad=skipped.append if config.dataset.on_bad_image == "skip" else None,

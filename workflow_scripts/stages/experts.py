@@ -35,6 +35,7 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
             {name: recipes.catalog.entries(name, "train") for name in recipes.classes},
             resolution=config.dataset.resolution,
             crop=config.dataset.crop,
+            resample=config.dataset.resample,
             workers=config.compute.workers,
             on_bad=skipped.append if config.dataset.on_bad_image == "skip" else None,
         )

@@ -34,6 +34,7 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
             {name: recipes.catalog.entries(name, "train") for name in recipes.classes},
             resolution=dataset.resolution,
             crop=dataset.crop,
+            resample=dataset.resample,
             workers=config.compute.workers,
             on_bad=skipped.append if dataset.on_bad_image == "skip" else None,
         )

@@ -282,6 +282,7 @@ def _real_images(recipes: Recipes, name: str) -> np.ndarray:
         [by_key[key] for key in keys],
         resolution=config.dataset.resolution,
         crop=config.dataset.crop,
+        resample=config.dataset.resample,
         workers=config.compute.workers,
         batch=256,
     )

@@ -66,8 +66,8 @@ def gather(recipes: Recipes) -> ReportData:
         dataset=DatasetSummary(
             source=dataset.source if dataset.root is None else f"{dataset.source} {dataset.root}",
             classes=tuple(recipes.classes),
-            train_counts=tuple(len(recipes.catalog.entries(name, "train")) for name in recipes.classes),
-            test_counts=tuple(len(recipes.catalog.entries(name, "test")) for name in recipes.classes),
+            train_counts=tuple(recipes.catalog.count(name, "train") for name in recipes.classes),
+            test_counts=tuple(recipes.catalog.count(name, "test") for name in recipes.classes),
         ),
         methods=tuple(
             MethodInfo(name, method.summary, method.model_dump(mode="json", exclude={"summary", "paper"}))
@@ -166,6 +166,7 @@ def _sheet(recipes: Recipes, method: str, ipc: int) -> ContactSheet:
             [by_key[keys[index]] for index in nearest],
             resolution=config.dataset.resolution,
             crop=config.dataset.crop,
+            resample=config.dataset.resample,
             workers=config.compute.workers,
             batch=count,
         )

@@ -76,6 +76,7 @@ def choose_real(recipes: Recipes, method: CoresetMethod, result: Result) -> Comp
         [by_key[keys[index]] for index in chosen],
         resolution=config.dataset.resolution,
         crop=config.dataset.crop,
+        resample=config.dataset.resample,
         workers=config.compute.workers,
         batch=config.compute.encode_batch,
     )

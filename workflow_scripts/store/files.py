@@ -14,8 +14,8 @@ from workflow_scripts.errors import StoreError
 TEMPORARY = ".tmp-"
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that it appears under its name only when complete and on disk.
+def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Write a file so that it appears under its name only when complete and, if it shall be durable, on disk.
 
     Raises:
         StoreError: if the disk is full, over quota or read-only; what was there before stays.
@@ -27,12 +27,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             with temporary.open("wb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        sync_directory(path.parent)
+        if durable:
+            sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:

@@ -134,7 +134,7 @@ def class_inputs(recipes: Recipes, name: str, result: Result, denoiser: Denoiser
         targets=arrays(clusterings.get("targets")),
         gaussian=arrays(gaussian),
         label=result.recipe["label"],
-        others=result.recipe.get("others", ()),
+        others=[label for label in recipes.label_pool(name) if label != result.recipe["label"]],
         embedding_shape=None if table is None else (table.shape[1], table.shape[2]),
     )
 

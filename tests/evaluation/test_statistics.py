@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from scipy.stats import nct
 
-from workflow_scripts.evaluation.statistics import bootstrap_interval, compare, holm, levels, rank, summarize
+from workflow_scripts.evaluation.statistics import (
+    bootstrap_interval,
+    compare,
+    holm,
+    levels,
+    merge_equal_sets,
+    rank,
+    summarize,
+)
 
 
 @pytest.mark.parametrize(("n", "t"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (31, 2.042)])
@@ -312,3 +320,20 @@ def test_a_ranking_warns_of_one_set_and_of_pairs_it_cannot_test() -> None:
     assert found.comparisons["alone", "elsewhere"] is None
     with pytest.raises(ValueError, match="needs a method"):
         rank({})
+
+
+def test_seeds_with_the_same_set_are_one_set() -> None:
+    scores = {0: [40.0], 1: [42.0], 2: [44.0]}
+    merged = merge_equal_sets(scores, {0: "a", 1: "a", 2: "b"})
+    assert merged == {"a": [40.0, 42.0], "b": [44.0]}
+    assert "one distilled set" in levels(merge_equal_sets(scores, dict.fromkeys(scores, "a"))).warning
+    with pytest.raises(ValueError, match="which distilled set seed 2 has"):
+        merge_equal_sets(scores, {0: "a", 1: "a"})
+    seeds = range(5)
+    found = rank(
+        {"herding": shifted(0), "dit": shifted(-5, (0.1, 0.0, 0.0, -0.1, 0.0))},
+        sets={"herding": dict.fromkeys(seeds, "the one"), "dit": {seed: f"set {seed}" for seed in seeds}},
+    )
+    assert [entry.levels.sets for entry in found.entries] == [1, 5]
+    assert found.distinguishable("herding", "dit")
+    assert any(warning.startswith("herding: rests on one distilled set") for warning in found.warnings)

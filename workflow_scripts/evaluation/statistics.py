@@ -135,6 +135,27 @@ def levels(scores: Scores) -> Levels:
     return Levels(sets, total, mean, spread, error, between, within, warning)
 
 
+def merge_equal_sets(scores: Scores, sets: Mapping[Hashable, Hashable]) -> Scores:
+    """Pool the scores of seeds that gave the same distilled set, as those of a method without chance do.
+
+    Args:
+        scores: The scores of each seed.
+        sets: What names the set of each seed, such as its digest.
+
+    Returns:
+        The scores of each set, under the set's name.
+
+    Raises:
+        ValueError: A seed's set is not given.
+    """
+    merged: dict[Hashable, list[float]] = {}
+    for seed, group in scores.items():
+        if seed not in sets:
+            raise ValueError(f"it is not given which distilled set seed {seed} has")
+        merged.setdefault(sets[seed], []).extend(group)
+    return merged
+
+
 def bootstrap_interval(
     scores: Scores,
     generator: np.random.Generator,
@@ -319,14 +340,21 @@ class Ranking:
         return self.p_values[pair] < self.alpha
 
 
-def rank(methods: Mapping[str, Scores], *, alpha: float = 0.05) -> Ranking:
+def rank(
+    methods: Mapping[str, Scores],
+    *,
+    sets: Mapping[str, Mapping[Hashable, Hashable]] | None = None,
+    alpha: float = 0.05,
+) -> Ranking:
     """Rank methods by mean and tell which can be told apart: all pairs are compared on shared seeds, Holm-corrected.
 
     Groups are the letters of a compact display (Piepho 2004): two methods are distinguishable if they share none. That two
     methods share a group does not show that they are equal.
 
     Args:
-        methods: Scores of each method; all of one data set, IPC, architecture and protocol.
+        methods: Scores of each method by seed; all of one data set, IPC, architecture and protocol.
+        sets: For each method, what names the distilled set of each seed (see :func:`merge_equal_sets`): equal sets count
+            once in ``Ranked.levels``, while comparisons stay by seed. Without it, every seed is taken for another set.
         alpha: Chance of calling any difference real when none is.
 
     Raises:
@@ -334,7 +362,10 @@ def rank(methods: Mapping[str, Scores], *, alpha: float = 0.05) -> Ranking:
     """
     if not methods or not 0 < alpha < 1:
         raise ValueError("a ranking needs a method, and alpha in (0, 1)")
-    by_method = {name: levels(scores) for name, scores in methods.items()}
+    by_method = {
+        name: levels(scores if sets is None else merge_equal_sets(scores, sets[name]))
+        for name, scores in methods.items()
+    }
     order = sorted(methods, key=lambda name: by_method[name].mean, reverse=True)
     pairs = list(itertools.combinations(order, 2))
     comparisons = {

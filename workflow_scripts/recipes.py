@@ -142,7 +142,7 @@ class Recipes:
         """The backbone: on disk, or one that fit_backbone will make."""
         cache = self.config.results / "cache"
         if self.config.backbone.path is not None:
-            return open_checkpoint(Path(self.config.backbone.path), cache)
+            return open_checkpoint(self.config.backbone.path, cache, self.config.backbone.vae)
         identity = self.fit_digest
         path = self.config.results / "store" / "backbones" / identity[:PREFIX]
         labels = {name: index for index, name in enumerate(self.classes)}
@@ -553,7 +553,7 @@ class Recipes:
         cells = [(method, ipc) for method in self.config.compare for ipc in self.config.ipc]
         recipes = [digest(self.training_recipe(training)) for cell in cells for training in self.trainings(*cell)]
         shown = self.config.model_dump(
-            mode="json", exclude={"results": True, "dataset": {"root", "test_root"}, "backbone": {"path"}}
+            mode="json", exclude={"results": True, "dataset": {"root", "test_root"}, "backbone": {"path", "vae"}}
         )
         content = {"recipe": RECIPES["report"], "config": shown, "trainings": recipes}
         return content, len(recipes), [("evaluate", shard) for shard in self.shards_of("evaluate")]

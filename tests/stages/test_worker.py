@@ -249,3 +249,14 @@ def test_the_resolved_configuration_is_written_once(site: Site, tmp_path: Path) 
     path.write_text("damaged")
     write_resolved(site.config(), path)
     assert path.read_text() == site.config().canonical()
+
+
+def test_records_have_the_licences_of_the_weights(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    (site.results.parent / "vae").symlink_to(site.backbone / "vae")
+    config = site.config({"backbone.vae": str(site.results.parent / "vae")})
+    support.run_jobs(config, ("encode",))
+    recipes = Recipes(config)
+    record = recipes.store.record(recipes.latents("ant"))
+    assert record["licences"] == {"denoiser": "unknown", "vae": "unknown"}
+    assert capfd.readouterr().err.count("Licence of the backbone's weights: denoiser unknown, vae unknown.") == 1
+    assert recipes.latents("ant") == Recipes(site.config()).latents("ant"), "the same bytes are the same autoencoder"

@@ -27,3 +27,8 @@ def subset_classes(name: str) -> tuple[str, ...]:
     """Return the WordNet ids of a subset in label order."""
     wnids = list(_table()["classes"])
     return tuple(wnids[index] for index in _table()["subsets"][name]["indices"])
+
+
+def class_names() -> dict[str, str]:
+    """Return the names of all classes, synonyms separated by commas, by WordNet id in the order of the class index."""
+    return dict(_table()["classes"])

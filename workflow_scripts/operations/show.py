@@ -35,6 +35,8 @@ def plan(recipes: Recipes, *, verbose: bool, as_json: bool) -> None:
         )
     classes = len(recipes.classes)
     console.print(f"Run [bold]{recipes.config.run}[/]: {classes} classes, backbone {recipes.backbone.path}")
+    if note := recipes.backbone.licence_note():
+        console.print(note)
     console.print(table)
     if verbose:
         for stage in surveys:

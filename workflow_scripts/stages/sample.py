@@ -93,7 +93,7 @@ def synthesise(recipes: Recipes, name: str, missing: list[Result], device: torch
     assert isinstance(method, DiffusionMethod)
     dtype = getattr(torch, config.compute.dtype)
     denoiser = Denoiser.load(recipes.backbone.path, device, dtype, compiled=config.compute.compile)
-    autoencoder = Autoencoder.load(recipes.backbone.path, device, dtype)
+    autoencoder = Autoencoder.load(recipes.backbone.autoencoder, device, dtype)
 
     def prepare(result: Result, grid: Grid) -> Rows:
         inputs = class_inputs(recipes, name, result, denoiser)

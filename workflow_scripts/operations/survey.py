@@ -121,7 +121,9 @@ def reason(store: Store, result: Result) -> str:
         return "never made"
     changed = min(differences, key=len)
     words = {"images": "its images changed", "recipe": "the stage's code changed its meaning"}
-    upstream = {key: f"its {key} changed" for key in ("latents", "prototypes", "targets", "gaussian", "vae", "denoiser")}
+    upstream = {
+        key: f"its {key} changed" for key in ("latents", "prototypes", "targets", "gaussian", "vae", "denoiser")
+    }
     return ", ".join(dict.fromkeys((words | upstream).get(key, f"{key} changed") for key in changed))
 
 

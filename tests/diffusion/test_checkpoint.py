@@ -276,7 +276,8 @@ def test_a_latent_diffusion_checkpoint_describes_itself(tmp_path: Path, monkeypa
     assert (backbone.resolution, backbone.latent_side, list(backbone.labels)) == (256, 64, WNIDS)
     assert backbone.autoencoder == path
     assert autoencoder_of(path).scaling_factor == 1
-    assert backbone.licence_note() == "Licence of the backbone's weights: denoiser unknown, vae unknown."
+    assert backbone.licences == {"denoiser": "unknown", "vae": "unknown"}
+    assert backbone.licence_note() is None
 
 
 # ---------------------------------------------------------------- licences

@@ -260,8 +260,21 @@ def to_unit(pixels: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def _load(kind: Any, path: Path, dtype: torch.dtype | None = None) -> Any:
-    weights = {} if dtype is None else {"torch_dtype": dtype, "use_safetensors": weights_of(path) == WEIGHTS}
     try:
-        return kind.from_pretrained(path, local_files_only=True, **weights)
+        if dtype is None:
+            return kind.from_pretrained(path, local_files_only=True)
+        model, found = kind.from_pretrained(
+            path,
+            local_files_only=True,
+            torch_dtype=dtype,
+            use_safetensors=weights_of(path) == WEIGHTS,
+            output_loading_info=True,
+        )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as error:
         raise BackboneError(f"{path}: cannot be loaded as {kind.__name__} ({error})") from error
+    for what in ("missing", "unexpected"):  # of which diffusers only warns, and goes on with random weights
+        if keys := found[f"{what}_keys"]:
+            raise BackboneError(
+                f"{path}: its weights do not fit its configuration ({len(keys)} {what}, such as {keys[0]})"
+            )
+    return model

@@ -85,8 +85,8 @@ class Checkpoint:
             ) from None
 
     def licence_note(self) -> str | None:
-        """Return a line that says under which licences others' weights are, if there are any."""
-        if set(self.licences.values()) == {OWN}:
+        """Return a line that says under which licences others' weights are, if any is known."""
+        if set(self.licences.values()) <= {OWN, UNKNOWN}:
             return None
         parts = ", ".join(f"{part} {licence}" for part, licence in self.licences.items())
         limits = " Non-commercial use only." if "NC" in parts.upper().split("-") else ""
@@ -193,8 +193,8 @@ def _assemble(
     latent = config.get("latent_channels")
     if channels and latent and channels != latent:
         raise BackboneError(
-            f"{'backbone.vae' if vae else 'backbone.path'}: the autoencoder {place} has latents of {latent} channels, the "
-            f"denoiser {path} takes {channels}"
+            f"{'backbone.vae' if vae else 'backbone.path'}: the autoencoder in {place} has latents of {latent} channels, the "
+            f"denoiser in {path} takes {channels}"
         )
     levels = len(config.get("block_out_channels", ()))
     return Checkpoint(

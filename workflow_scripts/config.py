@@ -185,9 +185,16 @@ class Fit(Strict):
 
 
 class Backbone(Strict):
-    """A pre-trained backbone in diffusers format, or one to be fitted."""
+    """A pre-trained backbone, or one to be fitted."""
 
-    path: str | None = Field(None, description="directory with transformer/, vae/ and scheduler/")
+    path: str | None = Field(
+        None,
+        description="directory with transformer/ or unet/, vae/ and scheduler/; a repository's id in the Hugging Face cache, "
+        "such as facebook/DiT-XL-2-256; or a checkpoint of DiT's or latent diffusion's authors (.pt, .safetensors)",
+    )
+    vae: str | None = Field(
+        None, description="autoencoder in place of the backbone's own: a directory, or a repository's id in the cache"
+    )
     fit: Fit | None = None
 
     @model_validator(mode="after")
@@ -196,6 +203,8 @@ class Backbone(Strict):
             raise ValueError(
                 "give either path (a backbone in diffusers format) or fit (train one on this run's images)"
             )
+        if self.fit is not None and self.vae is not None:
+            raise ValueError("vae belongs to path; fit trains an autoencoder of its own")
         return self
 
 

@@ -142,7 +142,7 @@ class Recipes:
         """The backbone: on disk, or one that fit_backbone will make."""
         cache = self.config.results / "cache"
         if self.config.backbone.path is not None:
-            return open_checkpoint(Path(self.config.backbone.path), cache)
+            return open_checkpoint(self.config.backbone.path, cache, self.config.backbone.vae)
         identity = self.fit_digest
         path = self.config.results / "store" / "backbones" / identity[:PREFIX]
         labels = {name: index for index, name in enumerate(self.classes)}
@@ -252,8 +252,7 @@ class Recipes:
             inputs |= {use: result.digest for use, result in clusterings.items()}
             gaussian = self.gaussian(class_name, wanted.method)
             inputs |= {"gaussian": gaussian.digest} if gaussian else {}
-            others = self.other_labels(class_name, method)
-            inputs |= {"others": others} if others else {}
+            inputs |= {"label_pool": digest(self.label_pool(wanted.method))} if self.label_pool(wanted.method) else {}
         return self._result("sample", class_name, **inputs)
 
     def _matched(self, class_name: str, wanted: SampleSet, method: MatchingMethod) -> Result:
@@ -344,13 +343,15 @@ class Recipes:
         together = isinstance(chosen.objective, MTTObjective)
         return SampleSet(method, int(ipc), int(seed)), self.classes if together else self.shard_classes(number)
 
-    def other_labels(self, class_name: str, method: DiffusionMethod) -> list[int]:
-        """Return the labels that may be mixed into a class's own: those of the run, or all that the backbone knows."""
-        if not isinstance(method.labels, SoftLabelSchedule) or method.labels.other == 0:
+    @remembered
+    def label_pool(self, method: str) -> list[int]:
+        """Return the labels among which a method finds another class to mix in: the run's, or all that the backbone knows."""
+        schedule = getattr(self.config.methods[method], "labels", None)
+        if not isinstance(schedule, SoftLabelSchedule) or schedule.other == 0:
             return []
-        own = self.backbone.label_of(class_name)
-        pool = self.classes if method.labels.pool == "run" else self.backbone.labels
-        return sorted({self.backbone.label_of(name) for name in pool} - {own})
+        return sorted(
+            self.backbone.label_of(n) for n in (self.classes if schedule.pool == "run" else self.backbone.labels)
+        )
 
     def _result(self, stage: str, class_name: str, **parts: Any) -> Result:
         return Result(stage, class_name, {"stage": stage, "recipe": RECIPES[stage], "class": class_name, **parts})
@@ -555,7 +556,7 @@ class Recipes:
         recipes = [digest(self.training_recipe(training)) for cell in cells for training in self.trainings(*cell)]
         shown = self.config.model_dump(
             mode="json",
-            exclude={"results": True, "dataset": {"root", "test_root", "test_labels"}, "backbone": {"path"}},
+            exclude={"results": True, "dataset": {"root", "test_root", "test_labels"}, "backbone": {"path", "vae"}},
         )
         content = {"recipe": RECIPES["report"], "config": shown, "trainings": recipes}
         return content, len(recipes), [("evaluate", shard) for shard in self.shards_of("evaluate")]

@@ -29,7 +29,14 @@ class Blank:
         self.shown: dict[int, float] = {}
 
     def predict(
-        self, x: torch.Tensor, timestep: int, labels: torch.Tensor, *, cfg_scale: float, cfg_channels: int
+        self,
+        x: torch.Tensor,
+        timestep: int,
+        labels: torch.Tensor,
+        *,
+        cfg_scale: float,
+        cfg_channels: int,
+        null: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.shown[timestep] = float(x)
         return x / (1 - self.abar[timestep]) ** 0.5, torch.full_like(x, self.raw)

@@ -198,7 +198,11 @@ DAMAGED = {
     "a configuration that is none": ("vae/config.json", lambda path: path.write_text("{")),
     "a configuration of other weights": (
         "vae/config.json",
-        lambda path: path.write_text(path.read_text().replace('"latent_channels": 4', '"latent_channels": 8')),
+        lambda path: path.write_text(path.read_text().replace('"layers_per_block": 1', '"layers_per_block": 2')),
+    ),
+    "a denoiser of more layers than there are weights for": (
+        "transformer/config.json",
+        lambda path: path.write_text(path.read_text().replace('"num_layers": 1', '"num_layers": 2')),
     ),
     "truncated denoiser": ("transformer/diffusion_pytorch_model.safetensors", lambda path: os.truncate(path, 5000)),
     "a schedule that is none": ("scheduler/scheduler_config.json", lambda path: path.write_text("{")),

@@ -62,19 +62,15 @@ def test_other_classes_count_only_where_they_are_mixed_in(plan_site: Any) -> Non
     """Leaving a class out changes the results that draw from the run's labels, and no others."""
 
     fewer = {"dataset.classes": list(support.CLASSES[:2])}
+    whole, part = (Recipes(plan_site(name=name).config(OVERRIDES | more)) for name, more in (("w", {}), ("p", fewer)))
     for method, changes in (("blend", True), ("dmgd", True), ("d4m", False)):
-        whole = Recipes(plan_site(name=f"w-{method}").config(OVERRIDES)).samples("bee", SampleSet(method, 3, 0)).recipe
-        part = (
-            Recipes(plan_site(name=f"p-{method}").config(OVERRIDES | fewer))
-            .samples("bee", SampleSet(method, 3, 0))
-            .recipe
-        )
-        assert (whole.get("others") != part.get("others")) == changes
+        wanted = SampleSet(method, 3, 0)
+        recipes = [plan.samples("bee", wanted).recipe for plan in (whole, part)]
+        assert (recipes[0].get("label_pool") != recipes[1].get("label_pool")) == changes
+    assert (len(whole.label_pool("dmgd")), len(part.label_pool("dmgd")), whole.label_pool("d4m")) == (3, 2, [])
     pool = {"methods.dmgd.labels": {"kind": "soft", "pool": "backbone"}}
-    recipe = (
-        Recipes(plan_site(name="pool").config(OVERRIDES | fewer | pool)).samples("bee", SampleSet("dmgd", 3, 0)).recipe
-    )
-    assert len(recipe["others"]) > 1
+    known = Recipes(plan_site(name="pool").config(OVERRIDES | fewer | pool))
+    assert known.label_pool("dmgd") == sorted(known.backbone.labels.values())
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,8 @@ def test_a_class_more_adds_that_class(copied: Site) -> None:
     support.make_folder(copied.test, ["elk"], 4, offset=100)
     done = run_jobs(copied.config())
     assert {name for classes in tally(done.places).values() for name in classes} == {"elk"}
-    assert {place.split("/")[0].removesuffix(".zarr") for place in done.places} == set(CLASS_STAGES)
+    made = {place.split("/")[0].removesuffix(".zarr") for place in done.places}
+    assert made == set(CLASS_STAGES) - {"experts", "match"}  # which no method of this run needs
 
 
 def forget(site: Site, place: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -249,3 +250,15 @@ def test_the_resolved_configuration_is_written_once(site: Site, tmp_path: Path) 
     path.write_text("damaged")
     write_resolved(site.config(), path)
     assert path.read_text() == site.config().canonical()
+
+
+def test_records_have_the_licences_of_the_weights(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    own = shutil.copytree(site.backbone / "vae", site.results.parent / "vae")
+    (own / "README.md").write_text("---\nlicense: mit\n---\n")
+    config = site.config({"backbone.vae": str(own)})
+    support.run_jobs(config, ("encode",))
+    recipes = Recipes(config)
+    record = recipes.store.record(recipes.latents("ant"))
+    assert record["licences"] == {"denoiser": "unknown", "vae": "MIT"}
+    assert capfd.readouterr().err.count("Licence of the backbone's weights: denoiser unknown, vae MIT.") == 1
+    assert recipes.latents("ant") == Recipes(site.config()).latents("ant"), "the same bytes are the same autoencoder"

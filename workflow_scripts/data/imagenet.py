@@ -41,11 +41,6 @@ def class_title(name: str) -> str:
     return str(_table()["classes"].get(name, name)).split(",")[0]
 
 
-def class_synonyms(name: str) -> str:
-    """Return all synonyms of a WordNet id, separated by commas."""
-    return str(_table()["classes"][name])
-
-
 # The classes of the first validation images, by which a wrong order of labels shows itself.
 FIRST_VALIDATION = {
     f"ILSVRC2012_val_{number:08d}": wnid
@@ -66,3 +61,8 @@ def contradiction(file_name: str, class_name: str) -> str | None:
     if not named and (known := FIRST_VALIDATION.get(file_name.split(".")[0])) is not None:
         named = [known]
     return None if not named or class_name in named else str(named[-1])
+
+
+def class_names() -> dict[str, str]:
+    """Return the names of all classes, synonyms separated by commas, by WordNet id in the order of the class index."""
+    return dict(_table()["classes"])

@@ -29,7 +29,7 @@ from typing import Any
 
 from PIL import Image
 
-from workflow_scripts.data.imagenet import class_synonyms, class_title, contradiction, wnids
+from workflow_scripts.data.imagenet import class_names, class_title, contradiction, wnids
 from workflow_scripts.data.notes import Note, Notes, State, state_of
 from workflow_scripts.data.sources import ImageEntry, Split, decode, is_image, list_folder, read_file
 from workflow_scripts.data.validation_labels import ValidationLabels
@@ -379,10 +379,9 @@ class Parquet(Mixed):
         told = _told_names(file, label)
         if self._names is None:
             return told
+        synonyms = class_names()
         for index, (wnid, title) in enumerate(zip(self._names, told or (), strict=False)):
-            if title != wnid and title.split(",")[0].strip() not in [
-                s.strip() for s in class_synonyms(wnid).split(",")
-            ]:
+            if title != wnid and title.split(",")[0].strip() not in [s.strip() for s in synonyms[wnid].split(",")]:
                 raise DataError(
                     f"{path}: calls label {index} {title!r}, but ImageNet's class {index} is {wnid} ({class_title(wnid)}). "
                     "Its labels are in another order than that of the sorted WordNet ids."

@@ -13,7 +13,15 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, UNet2
 from safetensors.torch import load_file
 from torch import nn
 
-from workflow_scripts.diffusion.checkpoint import CLASS_EMBEDDING, autoencoder_of, denoiser_of
+from workflow_scripts.diffusion import original
+from workflow_scripts.diffusion.checkpoint import (
+    CLASS_EMBEDDING,
+    WEIGHTS,
+    autoencoder_of,
+    denoiser_of,
+    vae_folder,
+    weights_of,
+)
 from workflow_scripts.errors import BackboneError
 
 NO_SPREAD = -30.0
@@ -32,9 +40,14 @@ class Autoencoder:
 
     @classmethod
     def load(cls, path: Path, device: torch.device, dtype: torch.dtype) -> Autoencoder:
-        """Load ``path/vae`` from safetensors: an AutoencoderKL or a VQModel, as its config.json says."""
-        kind = VQModel if autoencoder_of(path).quantises else AutoencoderKL
-        model = _load(kind, path / "vae", dtype)
+        """Load ``path/vae``, or ``path`` itself: an AutoencoderKL or a VQModel, as its config.json says.
+
+        The autoencoder of a one-file checkpoint is converted.
+        """
+        if path.is_file():
+            model = original.load_autoencoder(path, dtype)
+        else:
+            model = _load(VQModel if autoencoder_of(path).quantises else AutoencoderKL, vae_folder(path), dtype)
         return cls(model.to(device).eval().requires_grad_(False), device)
 
     @property
@@ -97,11 +110,20 @@ class Denoiser:
 
     @classmethod
     def load(cls, path: Path, device: torch.device, dtype: torch.dtype, *, compiled: bool = False) -> Denoiser:
-        """Load ``path/transformer`` (or ``unet`` and its class embedding) and the constants of ``path/scheduler``."""
-        folder = path / denoiser_of(path)
-        unet = folder.name == "unet"
-        model: Any = LabelledUNet.load(path, dtype) if unet else _load(DiTTransformer2DModel, folder, dtype)
-        schedule = _load(DDIMScheduler, path / "scheduler")
+        """Load ``path/transformer`` (or ``unet`` and its class embedding) and the constants of ``path/scheduler``.
+
+        A one-file checkpoint is converted.
+        """
+        model: Any
+        if path.is_file():
+            model, weight, schedule = original.load_denoiser(path, dtype)
+            if weight is not None:
+                model = LabelledUNet(model, nn.Embedding.from_pretrained(weight))
+        else:
+            folder = path / denoiser_of(path)
+            unet = folder.name == "unet"
+            model = LabelledUNet.load(path, dtype) if unet else _load(DiTTransformer2DModel, folder, dtype)
+            schedule = _load(DDIMScheduler, path / "scheduler")
         if schedule.config.prediction_type != "epsilon":
             raise BackboneError(
                 f"{path / 'scheduler'}: predicts {schedule.config.prediction_type}; only epsilon prediction is supported"
@@ -109,7 +131,7 @@ class Denoiser:
         config = model.config
         shape = (config.in_channels, config.sample_size, config.sample_size)
         model = model.to(device).eval().requires_grad_(False)
-        table = model.labels.weight[:, None] if unet else open_label_embeddings(model)
+        table = model.labels.weight[:, None] if isinstance(model, LabelledUNet) else open_label_embeddings(model)
         if compiled:
             model = torch.compile(model, dynamic=False)
         abar = schedule.alphas_cumprod.double().numpy()
@@ -238,8 +260,21 @@ def to_unit(pixels: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def _load(kind: Any, path: Path, dtype: torch.dtype | None = None) -> Any:
-    weights = {} if dtype is None else {"torch_dtype": dtype, "use_safetensors": True}
     try:
-        return kind.from_pretrained(path, local_files_only=True, **weights)
+        if dtype is None:
+            return kind.from_pretrained(path, local_files_only=True)
+        model, found = kind.from_pretrained(
+            path,
+            local_files_only=True,
+            torch_dtype=dtype,
+            use_safetensors=weights_of(path) == WEIGHTS,
+            output_loading_info=True,
+        )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as error:
         raise BackboneError(f"{path}: cannot be loaded as {kind.__name__} ({error})") from error
+    for what in ("missing", "unexpected"):  # of which diffusers only warns, and goes on with random weights
+        if keys := found[f"{what}_keys"]:
+            raise BackboneError(
+                f"{path}: its weights do not fit its configuration ({len(keys)} {what}, such as {keys[0]})"
+            )
+    return model

@@ -16,7 +16,13 @@ from workflow_scripts.recipes import RECIPES
 
 PACKAGE = Path(__file__).resolve().parent.parent
 LOCK = PACKAGE / "recipes.lock.json"
-_IMAGES = ("data/preprocess.py", "data/sources.py", "data/digits_photo.py")
+_IMAGES = (
+    "data/preprocess.py",
+    "data/sources.py",
+    "data/digits_photo.py",
+    "data/layouts.py",
+    "data/validation_labels.py",
+)
 _DENOISING = ("diffusion/backbone.py", "diffusion/schedule.py", "stages/inputs.py")
 MEANING = {
     "fit_backbone": ("stages/fit_backbone.py", "diffusion/fit.py", "diffusion/schedule.py", *_IMAGES),

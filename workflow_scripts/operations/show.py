@@ -38,6 +38,8 @@ def plan(recipes: Recipes, *, verbose: bool, as_json: bool) -> None:
     console.print(f"Run [bold]{recipes.config.run}[/]: {classes} classes, backbone {recipes.backbone.path}")
     for split, found in recipes.catalog.describe().items():
         console.print(f"{split}: {found}", highlight=False, soft_wrap=True, markup=False)
+    if note := recipes.backbone.licence_note():
+        console.print(note)
     console.print(table)
     if verbose:
         for stage in surveys:

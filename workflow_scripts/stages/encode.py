@@ -32,7 +32,7 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     device = pick_device(config.compute.device)
 
     def compute(missing: list[Result]) -> Iterator[Computed]:
-        autoencoder = Autoencoder.load(recipes.backbone.path, device, getattr(torch, config.compute.dtype))
+        autoencoder = Autoencoder.load(recipes.backbone.autoencoder, device, getattr(torch, config.compute.dtype))
         for result in missing:
             yield result, *encode_class(recipes, autoencoder, result.class_name)
 
@@ -83,7 +83,7 @@ def encode_class(
     arrays = {"mean": np.concatenate(means).astype(np.float16), "logvar": np.concatenate(logvars).astype(np.float16)}
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise DataError(
-            f"class {class_name}: the autoencoder gave values beyond half precision. Is {recipes.backbone.path / 'vae'} right?"
+            f"class {class_name}: the autoencoder gave values beyond half precision. Is {recipes.backbone.autoencoder} right?"
         )
     return arrays, {"images": keys, "skipped": [{"path": bad.path, "reason": bad.reason} for bad in skipped]}
 

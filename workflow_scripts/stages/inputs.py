@@ -16,4 +16,4 @@ def scaled_latents(recipes: Recipes, class_name: str) -> np.ndarray:
 
 def scaling_factor(recipes: Recipes) -> float:
     """Return the factor from the autoencoder's posterior mean to a latent."""
-    return autoencoder_of(recipes.backbone.path).scaling_factor
+    return autoencoder_of(recipes.backbone.autoencoder).scaling_factor

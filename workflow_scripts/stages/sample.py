@@ -94,7 +94,7 @@ def synthesise(recipes: Recipes, name: str, missing: list[Result], device: torch
     assert isinstance(method, DiffusionMethod)
     dtype = getattr(torch, config.compute.dtype)
     denoiser = Denoiser.load(recipes.backbone.path, device, dtype, compiled=config.compute.compile)
-    autoencoder = Autoencoder.load(recipes.backbone.path, device, dtype)
+    autoencoder = Autoencoder.load(recipes.backbone.autoencoder, device, dtype)
 
     def prepare(result: Result, grid: Grid) -> Rows:
         inputs = class_inputs(recipes, name, result, denoiser)
@@ -135,7 +135,7 @@ def class_inputs(recipes: Recipes, name: str, result: Result, denoiser: Denoiser
         targets=arrays(clusterings.get("targets")),
         gaussian=arrays(gaussian),
         label=result.recipe["label"],
-        others=result.recipe.get("others", ()),
+        others=[label for label in recipes.label_pool(name) if label != result.recipe["label"]],
         embedding_shape=None if table is None else (table.shape[1], table.shape[2]),
     )
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Arrays = Mapping[str, np.ndarray]
 Computed = tuple[Result, Arrays, Mapping[str, Any]]
+USE_WEIGHTS = ("encode", "invert", "sample", "match")
 PACKAGES = ("stillhouse", "torch", "diffusers", "numpy", "scikit-learn", "zarr")
 
 
@@ -39,7 +40,7 @@ def run_shard(
     results = recipes.stage_results(stage, shard)
     missing = [result for result in results if not recipes.store.exists(result)]
     if missing:
-        _compute(recipes, f"{stage} {shard}", missing, compute, device)
+        _compute(recipes, stage, shard, missing, compute, device)
     return {
         "results": [{"class": result.class_name, "place": result.place, "digest": result.digest} for result in results]
     }
@@ -47,14 +48,19 @@ def run_shard(
 
 def _compute(
     recipes: Recipes,
-    name: str,
+    stage: str,
+    shard: str,
     missing: list[Result],
     compute: Callable[[list[Result]], Iterable[Computed]],
     device: str,
 ) -> None:
     info = environment(device)
+    if stage in USE_WEIGHTS:
+        info["licences"] = dict(recipes.backbone.licences)
+        if note := recipes.backbone.licence_note():
+            tqdm.write(note, file=sys.stderr)
     began = time.monotonic()
-    for result, arrays, extra in progress(compute(missing), len(missing), name):
+    for result, arrays, extra in progress(compute(missing), len(missing), f"{stage} {shard}"):
         now = time.monotonic()
         recipes.store.commit(result, arrays, {**info, "seconds": now - began, **extra})
         began = now

@@ -151,11 +151,13 @@ def test_a_bad_configuration_ends_with_one_message(
 
 
 def spoiled(path: Path) -> Callable[[], None]:
-    """Cut a file in half; return how to bring it back as it was."""
+    """Put half of a file in its place; return how to bring it back as it was."""
     stat, content = path.stat(), path.read_bytes()
+    path.unlink()
     path.write_bytes(content[: len(content) // 2])
 
     def undo() -> None:
+        path.unlink()
         path.write_bytes(content)
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 

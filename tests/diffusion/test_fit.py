@@ -188,7 +188,7 @@ def test_training_reduces_the_denoisers_loss(tmp_path: Path) -> None:
     fit = Fit(dit=config, checkpoint_every=1000)
     mean, logvar = torch.full((4, 1, 4, 4), 0.5), torch.full((4, 1, 4, 4), -30.0)
     schedule = module.DDIMScheduler(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear")
-    model = module.fit_dit(
+    model = module.fit_denoiser(
         mean, logvar, torch.zeros(4, dtype=torch.int64), 1, schedule, fit, CPU, tmp_path / "x.safetensors"
     )
     process, generator = Process(linear_schedule(), CPU), torch.Generator().manual_seed(0)

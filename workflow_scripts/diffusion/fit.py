@@ -55,13 +55,12 @@ def fit_backbone(
     schedule = DDIMScheduler(num_train_timesteps=TIMESTEPS, clip_sample=False, **BETAS[fit.denoiser])
     latents = (mean * scale, logvar + 2 * math.log(scale), torch.from_numpy(labels))
     into.mkdir(parents=True, exist_ok=True)
-    if fit.denoiser == "dit":
-        dit = fit_dit(*latents, len(classes), schedule, fit, device, work / "transformer.safetensors")
-        dit.half().save_pretrained(into / "transformer", safe_serialization=True)
-    else:
-        unet = fit_unet(*latents, len(classes), schedule, fit, device, work / "unet.safetensors").half()
-        unet.unet.save_pretrained(into / "unet", safe_serialization=True)
-        save_file({"weight": unet.labels.weight.detach().cpu().contiguous()}, into / CLASS_EMBEDDING)
+    folder = "transformer" if fit.denoiser == "dit" else "unet"
+    model = fit_denoiser(*latents, len(classes), schedule, fit, device, work / f"{folder}.safetensors").half()
+    if isinstance(model, LabelledUNet):
+        save_file({"weight": model.labels.weight.detach().cpu().contiguous()}, into / CLASS_EMBEDDING)
+        model = model.unet
+    model.save_pretrained(into / folder, safe_serialization=True)
     vae.half().save_pretrained(into / "vae", safe_serialization=True)
     schedule.save_pretrained(into / "scheduler")
     write_atomically(into / LABELS, json.dumps(classes))
@@ -189,7 +188,7 @@ def fit_vq(pixels: np.ndarray, fit: Fit, device: torch.device, checkpoint: Path)
     return model.eval()
 
 
-def fit_unet(
+def fit_denoiser(
     mean: torch.Tensor,
     logvar: torch.Tensor,
     labels: torch.Tensor,
@@ -198,53 +197,18 @@ def fit_unet(
     fit: Fit,
     device: torch.device,
     checkpoint: Path,
-) -> LabelledUNet:
-    """Train the U-Net as :func:`fit_dit` trains the DiT, on the squared error of epsilon."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(fit.seed + 1)
-        model = build_unet(fit.unet, mean.shape[1:], classes).to(device)
-    process = Process(schedule.alphas_cumprod.double().numpy(), device)
-    _fit_denoiser(model, process.simple_loss, mean, logvar, labels, classes, fit, fit.unet, device, checkpoint)
-    return model
-
-
-def fit_dit(
-    mean: torch.Tensor,
-    logvar: torch.Tensor,
-    labels: torch.Tensor,
-    classes: int,
-    schedule: DDIMScheduler,
-    fit: Fit,
-    device: torch.device,
-    checkpoint: Path,
-) -> DiTTransformer2DModel:
+) -> DiTTransformer2DModel | LabelledUNet:
     """Train the denoiser on latents drawn from the posteriors ``N(mean, exp(logvar))``, scaled, (n, c, h, w)."""
-    config = fit.dit
+    config = fit.dit if fit.denoiser == "dit" else fit.unet
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fit.seed + 1)
-        model = build_dit(config, mean.shape[1:], classes).to(device)
-    process = Process(schedule.alphas_cumprod.double().numpy(), device)
-    _fit_denoiser(model, process.hybrid_loss, mean, logvar, labels, classes, fit, config, device, checkpoint)
-    return model
-
-
-Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def _fit_denoiser(
-    model: nn.Module,
-    objective: Loss,
-    mean: torch.Tensor,
-    logvar: torch.Tensor,
-    labels: torch.Tensor,
-    classes: int,
-    fit: Fit,
-    config: FitDiT | FitUNet,
-    device: torch.device,
-    checkpoint: Path,
-) -> None:
+        shape = mean.shape[1:]
+        model = build_dit(config, shape, classes) if isinstance(config, FitDiT) else build_unet(config, shape, classes)
+    model = model.to(device)
     # The model stays in eval mode: a DiT's own label dropout would draw from the global generator.
     model.eval()
+    process = Process(schedule.alphas_cumprod.double().numpy(), device)
+    objective = process.hybrid_loss if fit.denoiser == "dit" else process.simple_loss
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         index = torch.randint(len(mean), (config.batch_size,), generator=generator)
@@ -267,6 +231,7 @@ def _fit_denoiser(
         checkpoint,
         "denoiser",
     )
+    return model
 
 
 class Process:

@@ -25,7 +25,13 @@ _IMAGES = (
 )
 _DENOISING = ("diffusion/backbone.py", "diffusion/schedule.py", "stages/inputs.py")
 MEANING = {
-    "fit_backbone": ("stages/fit_backbone.py", "diffusion/fit.py", "diffusion/schedule.py", *_IMAGES),
+    "fit_backbone": (
+        "stages/fit_backbone.py",
+        "stages/inputs.py",
+        "diffusion/fit.py",
+        "diffusion/schedule.py",
+        *_IMAGES,
+    ),
     "encode": ("stages/encode.py", "diffusion/backbone.py", *_IMAGES),
     "cluster": ("stages/cluster.py", "stages/inputs.py", "methods/modes.py"),
     "invert": ("stages/invert.py", "diffusion/inversion.py", *_DENOISING),
@@ -39,6 +45,7 @@ MEANING = {
     ),
     "experts": (
         "stages/experts.py",
+        "stages/inputs.py",
         "methods/dsa.py",
         "methods/matching.py",
         "diffusion/noise.py",

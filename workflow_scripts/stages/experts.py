@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from workflow_scripts.data.preprocess import load_labelled
-from workflow_scripts.data.sources import BadImage
 from workflow_scripts.diffusion.noise import stream
 from workflow_scripts.errors import DataError
 from workflow_scripts.methods.dsa import draw
 from workflow_scripts.methods.matching import FlatNetwork, flatten, normalised, student, to_pixels
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import stage_main
+from workflow_scripts.stages.inputs import training_images
 from workflow_scripts.stages.worker import Computed, pick_device, run_shard
 from workflow_scripts.store.results import Result
 
@@ -29,16 +28,7 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     device = pick_device(config.compute.device)
 
     def compute(missing: list[Result]) -> Iterator[Computed]:
-        skipped: list[BadImage] = []
-        pixels, labels = load_labelled(
-            recipes.catalog.source,
-            {name: recipes.catalog.entries(name, "train") for name in recipes.classes},
-            resolution=config.dataset.resolution,
-            crop=config.dataset.crop,
-            resample=config.dataset.resample,
-            workers=config.compute.workers,
-            on_bad=skipped.append if config.dataset.on_bad_image == "skip" else None,
-        )
+        pixels, labels, skipped = training_images(recipes)
         images, classes = torch.from_numpy(pixels).to(device), torch.from_numpy(labels).to(device)
         for result in missing:
             trajectory = train_expert(images, classes, len(recipes.classes), result.recipe)

@@ -8,12 +8,11 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from workflow_scripts.data.preprocess import load_labelled
-from workflow_scripts.data.sources import BadImage
 from workflow_scripts.diffusion.fit import fit_backbone
 from workflow_scripts.errors import ConfigError
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import stage_main
+from workflow_scripts.stages.inputs import training_images
 from workflow_scripts.stages.worker import pick_device, quiet_libraries
 from workflow_scripts.store.files import TEMPORARY, explain_full_disk
 
@@ -27,17 +26,7 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     place = str(final.relative_to(config.results))
     if not final.exists():
         quiet_libraries()
-        dataset = config.dataset
-        skipped: list[BadImage] = []
-        pixels, labels = load_labelled(
-            recipes.catalog.source,
-            {name: recipes.catalog.entries(name, "train") for name in recipes.classes},
-            resolution=dataset.resolution,
-            crop=dataset.crop,
-            resample=dataset.resample,
-            workers=config.compute.workers,
-            on_bad=skipped.append if dataset.on_bad_image == "skip" else None,
-        )
+        pixels, labels, skipped = training_images(recipes)
         checkpoints = final.with_name(f"{final.name}.checkpoints")
         temporary = final.with_name(f"{TEMPORARY}{final.name}.{uuid.uuid4().hex}")
         with explain_full_disk(final):

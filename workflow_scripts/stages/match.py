@@ -21,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from workflow_scripts.config import DCObjective, DMObjective, MatchingMethod, MTTObjective
-from workflow_scripts.data.preprocess import load_squares
 from workflow_scripts.diffusion.backbone import Autoencoder, Denoiser
 from workflow_scripts.diffusion.noise import batch_noise, stream
 from workflow_scripts.errors import DataError
@@ -43,7 +42,7 @@ from workflow_scripts.methods.matching import (
 )
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import stage_main
-from workflow_scripts.stages.inputs import scaled_latents
+from workflow_scripts.stages.inputs import real_images, scaled_latents
 from workflow_scripts.stages.worker import Computed, pick_device, progress, quiet_libraries, run_shard
 from workflow_scripts.store.files import write_atomically
 from workflow_scripts.store.results import Result
@@ -207,7 +206,10 @@ def _class_by_class(
     device: torch.device,
 ) -> Compare:
     resolution = recipes.config.dataset.resolution
-    real = [torch.from_numpy(_real_images(recipes, result.class_name)).to(device) for result in results]
+    encoded = {
+        result.class_name: recipes.store.record(recipes.latents(result.class_name))["images"] for result in results
+    }
+    real = [torch.from_numpy(real_images(recipes, name, keys)).to(device) for name, keys in encoded.items()]
 
     def compare(iteration: int, images: torch.Tensor, _: float) -> Match:
         seed, ipc = results[0].recipe["seed"], results[0].recipe["ipc"]
@@ -269,24 +271,6 @@ def _trajectories(
         return Match(found.losses, share * found.gradient, found.rate_gradient)
 
     return compare
-
-
-def _real_images(recipes: Recipes, name: str) -> np.ndarray:
-    """Read the images of a class that were encoded, uint8 (n, H, W, 3)."""
-    config = recipes.config
-    by_key = {entry.key: entry for entry in recipes.catalog.entries(name, "train")}
-    keys = recipes.store.record(recipes.latents(name))["images"]
-    parts = load_squares(
-        recipes.catalog.source,
-        name,
-        [by_key[key] for key in keys],
-        resolution=config.dataset.resolution,
-        crop=config.dataset.crop,
-        resample=config.dataset.resample,
-        workers=config.compute.workers,
-        batch=256,
-    )
-    return np.concatenate([pixels for _, pixels in parts])
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -13,7 +13,6 @@ import numpy as np
 import yaml
 
 from workflow_scripts.config import DiffusionMethod
-from workflow_scripts.data.preprocess import load_squares
 from workflow_scripts.evaluation.architectures import display_name
 from workflow_scripts.methods.registry import ClassInputs, prototypes_of
 from workflow_scripts.recipes import CLASS_STAGES, Recipes, SampleSet, Training
@@ -30,7 +29,7 @@ from workflow_scripts.report.data import (
     StageTime,
 )
 from workflow_scripts.stages.common import stage_main
-from workflow_scripts.stages.inputs import scaled_latents
+from workflow_scripts.stages.inputs import real_images, scaled_latents
 from workflow_scripts.stages.publish import publish, report_folder
 from workflow_scripts.stages.worker import environment
 from workflow_scripts.store.files import write_atomically
@@ -159,18 +158,8 @@ def _sheet(recipes: Recipes, method: str, ipc: int) -> ContactSheet:
         real = scaled_latents(recipes, name)[: len(keys)].reshape(len(keys), -1)
         distances = np.sqrt(((latents[:, None] - real[None]) ** 2).sum(2))
         nearest = distances.argmin(1)
-        by_key = {entry.key: entry for entry in recipes.catalog.entries(name, "train")}
-        pictures = load_squares(
-            recipes.catalog.source,
-            name,
-            [by_key[keys[index]] for index in nearest],
-            resolution=config.dataset.resolution,
-            crop=config.dataset.crop,
-            resample=config.dataset.resample,
-            workers=config.compute.workers,
-            batch=count,
-        )
-        rows.append(SheetRow(name, label, synthetic, next(pictures)[1], distances.min(1)))
+        pictures = real_images(recipes, name, [keys[index] for index in nearest])
+        rows.append(SheetRow(name, label, synthetic, pictures, distances.min(1)))
     return ContactSheet(method, ipc, tuple(rows))
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from workflow_scripts.config import CoresetMethod, DiffusionMethod
-from workflow_scripts.data.preprocess import load_squares
 from workflow_scripts.diffusion.backbone import Autoencoder, Denoiser
 from workflow_scripts.diffusion.noise import batch_noise, stream
 from workflow_scripts.diffusion.sampler import sample
@@ -35,7 +34,7 @@ from workflow_scripts.methods.registry import (
 )
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import stage_main
-from workflow_scripts.stages.inputs import scaled_latents
+from workflow_scripts.stages.inputs import real_images, scaled_latents
 from workflow_scripts.stages.worker import Computed, pick_device, quiet_libraries, run_shard
 from workflow_scripts.store.results import Result
 
@@ -60,7 +59,7 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
 
 def choose_real(recipes: Recipes, method: CoresetMethod, result: Result) -> Computed:
     """Choose real images by their latents, and read them again from the source."""
-    config, name = recipes.config, result.class_name
+    name = result.class_name
     keys = recipes.store.record(recipes.latents(name))["images"]
     latents = scaled_latents(recipes, name)[: len(keys)]  # without mirror images
     ipc, seed, count = result.recipe["ipc"], result.recipe["seed"], result.recipe["ipc"] * method.parts
@@ -69,18 +68,7 @@ def choose_real(recipes: Recipes, method: CoresetMethod, result: Result) -> Comp
             f"class {name}: {len(keys)} readable images, fewer than the {count} that IPC {ipc} takes. Add images, or lower ipc."
         )
     chosen = select(method.select, latents, count, stream(seed, name, 0, "coreset"))
-    by_key = {entry.key: entry for entry in recipes.catalog.entries(name, "train")}
-    batches = load_squares(
-        recipes.catalog.source,
-        name,
-        [by_key[keys[index]] for index in chosen],
-        resolution=config.dataset.resolution,
-        crop=config.dataset.crop,
-        resample=config.dataset.resample,
-        workers=config.compute.workers,
-        batch=config.compute.encode_batch,
-    )
-    arrays = {"images": np.concatenate([pixels for _, pixels in batches]), "latents": latents[chosen]}
+    arrays = {"images": real_images(recipes, name, [keys[index] for index in chosen]), "latents": latents[chosen]}
     if method.parts == 4:  # the latents of a collage stand for those that its encoding would have
         images = collage(arrays["images"].transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
         arrays = {"images": images.round().astype(np.uint8), "latents": collage(arrays["latents"])}

@@ -1,6 +1,7 @@
 # What the rules share: the validated configuration, the plan of the run, and functions of the plan.
 
 import sys
+from math import ceil
 
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.enums import RerunTrigger
@@ -29,9 +30,11 @@ RESOLVED = RESULTS / "cache" / "configs" / f"{digest(RUN.canonical())[:16]}.json
 if workflow.dag_settings is not None:
     workflow.dag_settings.rerun_triggers = frozenset({RerunTrigger.MTIME})
 
-# Jobs that use a GPU claim one, and locally one at a time may have it unless --resources gpu=N says otherwise.
-HAS_GPU = RUN.compute.device != "cpu" and (workflow.non_local_exec or machine_has_gpu())
-if workflow.local_exec and HAS_GPU and "gpu" not in workflow.global_resources:
+# Jobs that use a GPU claim one, and locally one at a time may have it unless --resources gpu=N says otherwise. The executor
+# is not known yet when this is read, but only one that submits jobs has a limit of them.
+SUBMITS = workflow.resource_settings.nodes is not None
+HAS_GPU = RUN.compute.device != "cpu" and (SUBMITS or machine_has_gpu())
+if HAS_GPU and not SUBMITS and "gpu" not in workflow.global_resources:
     workflow.global_resources["gpu"] = 1
 
 
@@ -80,13 +83,16 @@ def get_gpu(wildcards):
     return 1 if HAS_GPU else 0
 
 
-def get_minutes(base, per_item, stage):
-    """Resource function: minutes for a job's items, growing with each attempt."""
+def get_minutes(stage, minutes, seconds_per_item):
+    """Resource function: minutes for a job by its number of items, growing with each attempt; a profile may set both parts."""
+    own = workflow.resource_settings.overwrite_resources.get(stage, {})
+    minutes = int(own["minutes_fixed"].raw) if "minutes_fixed" in own else minutes
+    seconds_per_item = int(own["seconds_per_item"].raw) if "seconds_per_item" in own else seconds_per_item
 
-    def minutes(wildcards, attempt):
-        return int((base + per_item * PLAN.job(stage, wildcards.shard).items) * attempt) + 1
+    def runtime(wildcards, attempt):
+        return ceil((minutes + seconds_per_item * PLAN.job(stage, wildcards.shard).items / 60) * attempt)
 
-    return minutes
+    return runtime
 
 
 def announce_report():

@@ -678,6 +678,9 @@ class Compute(Strict):
     invert_batch: PositiveInt = 128
     sample_batch: PositiveInt = 128
     workers: PositiveInt = Field(4, description="threads that decode images")
+    attempts: PositiveInt = Field(
+        3, description="failures of a class after which it is set aside, until `stillhouse retry`"
+    )
 
 
 class Report(Strict):

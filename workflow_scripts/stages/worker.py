@@ -96,7 +96,7 @@ def _place(result: Result) -> str:
 
 
 def _name(result: Result) -> str:
-    return f"class {result.class_name}"
+    return f"class {result.name}"
 
 
 class Loop(Generic[T]):

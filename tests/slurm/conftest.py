@@ -3,7 +3,6 @@
 Where the cluster cannot be started the tests are skipped, or fail if STILLHOUSE_SLURM=required.
 """
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +10,8 @@ from pathlib import Path
 import pytest
 import support
 import yaml
-from lab import Lab, LabUnavailable
-from places import CLASSES, Place, configuration, run_config
+from lab import Lab
+from places import CLASSES, Place, configuration, run_config, started
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,19 +19,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slurm)
-
-
-def started(*, accounting: bool) -> Iterator[Lab]:
-    """Run a cluster as long as a fixture lives."""
-    cluster = Lab(accounting=accounting)
-    try:
-        cluster.start()
-    except LabUnavailable as error:
-        if os.environ.get("STILLHOUSE_SLURM") == "required":
-            pytest.fail(f"no SLURM here: {error}")
-        pytest.skip(f"no SLURM here: {error} (STILLHOUSE_SLURM=required makes this a failure)")
-    yield cluster
-    cluster.stop()
 
 
 @pytest.fixture(scope="module")

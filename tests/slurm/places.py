@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import support
-from lab import Lab
+from lab import Lab, LabUnavailable
 
 from workflow_scripts.config import RunConfig, resolve
 from workflow_scripts.recipes import Recipes
@@ -195,3 +196,16 @@ def configuration(train: Path, test: Path, backbone: Path) -> dict[str, Any]:
 def run_config(run: dict[str, Any], results: Path) -> RunConfig:
     """The run, laid over the shipped defaults."""
     return resolve(support.document(run, results))
+
+
+def started(*, accounting: bool) -> Iterator[Lab]:
+    """Run a cluster as long as a fixture lives."""
+    cluster = Lab(accounting=accounting)
+    try:
+        cluster.start()
+    except LabUnavailable as error:
+        if os.environ.get("STILLHOUSE_SLURM") == "required":
+            pytest.fail(f"no SLURM here: {error}")
+        pytest.skip(f"no SLURM here: {error} (STILLHOUSE_SLURM=required makes this a failure)")
+    yield cluster
+    cluster.stop()

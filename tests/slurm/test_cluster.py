@@ -110,8 +110,7 @@ def test_kill_9_of_a_worker(place: Place) -> None:
     (failed,) = place.events("failed")
     assert failed["name"] == f"class {IN_HAND}"
     assert "ended without a word" in failed["error"]
-    order = [event["name"] for event in sorted(place.events("done"), key=lambda event: event["time"])]
-    assert order[-1] == f"class {IN_HAND}", "what a worker died with comes last"
+    assert not failed["counted"], "a worker may end for any reason"
 
 
 def test_a_node_that_fails(place: Place) -> None:

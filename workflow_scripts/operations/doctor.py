@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import re
@@ -382,9 +383,7 @@ def _minutes(
 
 
 def _accounts(settings: Mapping[str, Any], ask: Ask) -> Iterator[Check]:
-    status, said = ask(
-        "sacctmgr", "-n", "-P", "show", "assoc", f"user={os.environ.get('USER', '')}", "format=account,qos"
-    )
+    status, said = ask("sacctmgr", "-n", "-P", "show", "assoc", f"user={getpass.getuser()}", "format=account,qos")
     if status or "disabled" in said:
         return
     pairs = sorted({line for line in said.splitlines() if line.strip("|")})

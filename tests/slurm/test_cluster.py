@@ -70,7 +70,7 @@ def test_preemption(place: Place) -> None:
     resumes(place)
     (controller,) = place.controllers
     assert len(controller.submitted()) == 1, "SLURM started the same job again"
-    assert not list((place.results / "store" / "attempts").rglob("*.json")), "a preemption is held against no class"
+    assert not place.events("failed"), "a preemption is held against no class"
 
 
 def resumes(place: Place) -> None:

@@ -196,12 +196,13 @@ def sample_results(
         cuts = [
             cut for cut in range(1, len(owners)) if not is_joint(method) or owners[cut][0] is not owners[cut - 1][0]
         ]
-        try:
-            return denoise(rows, owners)
-        except torch.OutOfMemoryError:
-            if not cuts:
-                raise
-        batch.shrink(len(owners))
+        if len(owners) <= batch.size or not cuts:
+            try:
+                return denoise(rows, owners)
+            except torch.OutOfMemoryError:
+                if not cuts:
+                    raise
+            batch.shrink(len(owners))
         cut = min(cuts, key=lambda cut: abs(2 * cut - len(owners)))
         halves = [{key: value[half] for key, value in rows.items()} for half in (slice(cut), slice(cut, None))]
         parts = zip(halves, (owners[:cut], owners[cut:]), strict=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from workflow_scripts.data.imagenet import subset_classes
+from workflow_scripts.data.imagenet import subset_classes, wnids
 from workflow_scripts.errors import StoreError
 from workflow_scripts.formats import writers
 from workflow_scripts.formats.card import Description
@@ -296,3 +297,66 @@ def test_the_loading_example_of_each_card_runs(tmp_path: Path, monkeypatch: pyte
         exec(code.replace("FOLDER", str(tmp_path / format)), scope)
         first = next(iter(scope["train"]))
         assert isinstance(first["image"] if isinstance(first, dict) else first[0], Image.Image)
+
+
+# ---------------------------------------------------------------- DD-Ranking, which needs an environment of its own
+
+DD_RANKING = """
+import sys
+import torch
+import ddranking.metrics.hard_label as hard_label
+from torchvision import transforms
+
+real, out, *sets = sys.argv[1:]
+torch.set_num_threads(1)
+hard_label.REAL_DATA_ACC_CACHE["ImageWoof-ConvNet-3"] = 100.0
+hard_label.save_results = lambda *_: None  # in 0.2.0 it fails on columns of unequal length
+normal = transforms.Compose(
+    [transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
+)
+evaluator = hard_label.LabelRobustScoreHard(
+    dataset="ImageWoof", real_data_path=real, ipc=5, model_name="ConvNet-3", data_aug_func=None, step_size=20,
+    num_eval=1, im_size=(32, 32), num_epochs=10, real_batch_size=50, syn_batch_size=10, num_workers=0, device="cpu",
+    custom_train_trans=normal, custom_val_trans=normal, random_data_path=out, save_path=out + "/scores.csv",
+)
+for path in sets:
+    print("RECOVERY", evaluator.compute_metrics(image_path=path, syn_lr=0.01)["hard_label_recovery_mean"])
+"""
+
+
+@pytest.mark.skipif(
+    "DD_RANKING_PYTHON" not in os.environ,
+    reason="ddranking wants numpy < 2: name a Python that has it (uv venv X; uv pip install --python X ddranking) in "
+    "DD_RANKING_PYTHON",
+)
+def test_dd_ranking_evaluates_a_set(tmp_path: Path) -> None:
+    """It numbers ImageWoof's classes in their published order and folders in sorted order: folders must go by label."""
+    woof = subset_classes("imagewoof")
+
+    def draw(name: str, count: int, seed: int) -> np.ndarray:
+        """A colour for each class, and noise."""
+        number = wnids().index(name)
+        colour = np.random.default_rng(number).integers(40, 216, 3)
+        noise = np.random.default_rng([number, seed]).normal(0, 25, (count, 32, 32, 3))
+        return np.clip(colour + noise, 0, 255).astype(np.uint8)
+
+    own = description(classes=woof, ipc=5, resolution=32)
+    for folders in ("label", "class"):
+        images = image_set(description=own, read=lambda name: draw(name, 5, 0), label_folders=folders == "label")
+        write(images, "imagefolder", tmp_path / folders)
+    for split, count in (("train", 6), ("val", 2)):
+        for name in wnids():
+            (folder := tmp_path / "real" / split / name).mkdir(parents=True)
+            for index, pixels in enumerate(draw(name, count if name in woof else 1, count)):
+                Image.fromarray(pixels).save(folder / f"{index}.png", compress_level=0)
+    (tmp_path / "out").mkdir()
+    command = [
+        os.environ["DD_RANKING_PYTHON"],
+        "-c",
+        DD_RANKING,
+        *(tmp_path / n for n in ("real", "out", "label", "class")),
+    ]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+    assert told.returncode == 0, told.stderr
+    by_label, by_class = (float(lost) for lost in re.findall(r"RECOVERY (\S+)", told.stdout))
+    assert by_label < 50 < by_class, "percent lost against 100; chance loses 90"

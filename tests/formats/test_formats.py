@@ -258,7 +258,7 @@ def test_a_card_says_where_the_images_are_from(tmp_path: Path) -> None:
     [
         ({"licences": {"denoiser": "MIT", "vae": "MIT"}}, "mit", None),
         ({"licences": {"denoiser": "unknown", "vae": "MIT"}}, "unknown", None),
-        ({"licences": {"denoiser": "trained by this project", "vae": "MIT"}}, "unknown", None),
+        ({"licences": {"denoiser": "trained with Stillhouse", "vae": "MIT"}}, "unknown", None),
         ({"licences": {"denoiser": "House-Rules-1", "vae": "MIT"}}, "other", "house-rules-1"),
         ({"parameters": {"kind": "coreset"}}, "other", "that-of-the-real-images"),
     ],

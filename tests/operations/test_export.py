@@ -67,7 +67,7 @@ def test_a_description_tells_no_path_of_this_machine(sampled: Sampled) -> None:
     recipes = sampled({"backbone.path": str(support.ROOT / "workflow_scripts" / "backbones" / "digits")})
     said = describe(recipes, SampleSet("d3hr", 1, 0))
     assert str(support.ROOT) not in repr(said)
-    assert said.backbone["name"] == "digits" and said.licences["denoiser"] == "trained by this project"
+    assert said.backbone["name"] == "digits" and said.licences["denoiser"] == "trained with Stillhouse"
     assert said.real_images["images"] == sum(recipes.catalog.count(name, "train") for name in recipes.classes)
     assert any(software.startswith("torch ") for software in said.software)
 

@@ -229,6 +229,15 @@ def test_a_file_that_is_none_is_refused(sampled: Sampled, tmp_path: Path) -> Non
     regenerate.save(replace(packed, arrays=arrays))
     with pytest.raises(DataError, match=r"is damaged .*2"):
         regenerate.read(path)
+    for change in (
+        {"classes": ["7", "1", "../4"]},
+        {"title": None, "surprise": 1},
+        {"parameters": {"kind": "coreset"}},
+    ):
+        origin = {**packed.header.origin, **change}
+        regenerate.save(replace(packed, header=packed.header.model_copy(update={"origin": origin})))
+        with pytest.raises(DataError, match="is damaged"):
+            regenerate.read(path)
 
 
 # ---------------------------------------------------------------- the command

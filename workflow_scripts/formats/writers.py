@@ -38,6 +38,7 @@ class ImageSet:
         size: side in pixels to scale to with ``resample``; default: as they are.
         label_folders: name class folders so that their sorted order is that of the labels.
         workers: threads that scale and compress.
+        watch: passes the classes on while it shows how far they are; called with their number and the set's name too.
     """
 
     description: Description
@@ -46,6 +47,7 @@ class ImageSet:
     resample: Resample = "lanczos"
     label_folders: bool = False
     workers: int = 4
+    watch: Callable[[Iterable[str], int, str], Iterable[str]] = lambda names, *_: names
 
     @property
     def side(self) -> int:
@@ -58,6 +60,12 @@ class ImageSet:
         names = self.description.classes
         digits = len(str(len(names) - 1))
         return tuple(f"{i:0{digits}d}-{name}" for i, name in enumerate(names)) if self.label_folders else names
+
+    def each(self) -> Iterator[np.ndarray]:
+        """Read class after class, in label order."""
+        names = self.description.classes
+        for name in self.watch(names, len(names), f"write {self.description.name}"):
+            yield self.read(name)
 
     def facts(self, format: Format) -> dict[str, Any]:
         """Return the content of ``dataset.json``."""
@@ -140,8 +148,7 @@ def _pngs(images: ImageSet, folder: Path) -> Iterator[tuple[int, Path]]:
         Image.fromarray(images.scale(pixels)).save(path)
 
     with ThreadPoolExecutor(images.workers) as pool:
-        for label, (name, own) in enumerate(zip(images.description.classes, images.folders, strict=True)):
-            pixels = images.read(name)
+        for label, (own, pixels) in enumerate(zip(images.folders, images.each(), strict=True)):
             paths = [folder / own / f"{index:04d}.png" for index in range(len(pixels))]
             (folder / own).mkdir(parents=True)
             list(pool.map(save, pixels, paths))
@@ -221,8 +228,8 @@ def _safetensors(images: ImageSet, path: Path) -> None:
 
 def _scaled(images: ImageSet) -> Iterable[np.ndarray]:
     with ThreadPoolExecutor(images.workers) as pool:
-        for name in images.description.classes:
-            yield np.stack(list(pool.map(images.scale, images.read(name))))
+        for pixels in images.each():
+            yield np.stack(list(pool.map(images.scale, pixels)))
 
 
 WRITERS: dict[Format, Callable[[ImageSet, Path], None]] = {

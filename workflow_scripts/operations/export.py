@@ -11,11 +11,13 @@ import numpy as np
 
 from workflow_scripts.config import Backbone, LeafPrototypes, MultiscalePrototypes, one_of
 from workflow_scripts.data.preprocess import Resample
+from workflow_scripts.diffusion.checkpoint import OWN
 from workflow_scripts.errors import ConfigError, DataError
 from workflow_scripts.formats import Format
 from workflow_scripts.formats.card import Description
 from workflow_scripts.formats.writers import ImageSet, write
 from workflow_scripts.recipes import Recipes, SampleSet
+from workflow_scripts.stages.worker import progress
 
 
 def export(
@@ -59,7 +61,8 @@ def export(
         def read(name: str, wanted: SampleSet = wanted) -> np.ndarray:
             return recipes.store.read(recipes.samples(name, wanted), "images").arrays["images"]
 
-        write(ImageSet(description, read, size, resample, label_folders, recipes.config.compute.workers), format, place)
+        workers = recipes.config.compute.workers
+        write(ImageSet(description, read, size, resample, label_folders, workers, progress), format, place)
         places.append(place)
     return places
 
@@ -116,7 +119,7 @@ def origin(recipes: Recipes, method: str) -> dict[str, Any]:
             "vae": backbone.vae,
             "dtype": config.compute.dtype,
         },
-        "licences": dict(backbone.licences),
+        "licences": {part: TRAINED_HERE if name == OWN else name for part, name in backbone.licences.items()},
         "real_images": {
             "source": f"ImageNet ({dataset.subset})"
             if dataset.subset
@@ -131,6 +134,7 @@ def origin(recipes: Recipes, method: str) -> dict[str, Any]:
     }
 
 
+TRAINED_HERE = "trained with Stillhouse"
 SOURCES: Mapping[str, str] = {
     "digits": "the digits of scikit-learn",
     "digits-photo": "the digits of scikit-learn over photographs",

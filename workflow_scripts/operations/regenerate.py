@@ -244,6 +244,9 @@ def read(path: Path) -> Packed:
         shapes = {name: arrays[name].shape[0] for name in ("mean", "variance", *(c.tensor for c in header.candidates))}
         if set(shapes.values()) != {len(packed.classes)} or len(packed.classes) != len(header.labels):
             raise ValueError(f"its tensors have {shapes} classes, its header {len(packed.classes)}")
+        _describe(packed, packed.results(1, 0), 1, 0)
+        if bad := [name for name in packed.classes if name in ("", ".", "..") or Path(name).name != name]:
+            raise ValueError(f"{bad[0]!r} cannot be the name of a folder")
         _ = packed.method
     except (ValidationError, KeyError, ValueError, TypeError) as error:
         raise DataError(f"{path}: is damaged ({' '.join(str(error).split())[:300]})") from None
@@ -312,6 +315,7 @@ def images(
             resample,
             label_folders,
             compute.workers,
+            progress,
         ),
         format,
         to,

@@ -199,6 +199,7 @@ def _gather(recipes: Recipes, method: str, half: bool) -> tuple[Header, dict[str
     example = recipes.samples(classes[0], recipes.sets(method)[0]).recipe
     own = ("class", "label", "gaussian", "ipc", "seed")
     weights = open_checkpoint(str(recipes.backbone.path), config.results / "cache", config.backbone.vae)
+    weights = weights.at(config.dataset.resolution)
     header = Header(
         origin=origin(recipes, method),
         sampling={key: value for key, value in example.items() if key not in own},
@@ -390,7 +391,7 @@ def _backbone(packed: Packed, path: str | None, vae: str | None) -> Checkpoint:
     if path is None:
         raise BackboneError(f"{packed.path}: its run fitted its own backbone. Say with --backbone where it is.")
     with tempfile.TemporaryDirectory() as cache:
-        checkpoint = open_checkpoint(path, Path(cache), vae)
+        checkpoint = open_checkpoint(path, Path(cache), vae).at(head.origin["resolution"])
     for option, what, found, expected in (
         ("backbone", "denoiser", checkpoint.denoiser, head.denoiser),
         ("vae", "autoencoder", checkpoint.vae, head.autoencoder),

@@ -113,7 +113,7 @@ def generate(
         latents_of: see :func:`sample_results`.
     """
     dtype = getattr(torch, compute.dtype)
-    denoiser = Denoiser.load(backbone.path, device, dtype, compiled=compute.compile)
+    denoiser = Denoiser.load(backbone.path, device, dtype, side=backbone.latent_side, compiled=compute.compile)
     autoencoder = Autoencoder.load(backbone.autoencoder, device, dtype)
     candidates: dict[str, int] = {}
 

@@ -152,8 +152,11 @@ class Place:
         """
 
         def met() -> bool:
-            assert condition() or any(c.process.poll() is None for c in self.controllers), self.controllers[-1].said
-            return condition()
+            alive = any(controller.process.poll() is None for controller in self.controllers)
+            if condition():
+                return True
+            assert alive, self.controllers[-1].said
+            return False
 
         try:
             self.lab.wait(met, what, seconds)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections import Counter
 from importlib.metadata import version
+from pathlib import Path
 
 from workflow_scripts.config import load, read_document
 from workflow_scripts.errors import StillhouseError
@@ -61,6 +62,21 @@ def _parser() -> argparse.ArgumentParser:
         help="runs whose results to keep (default: all of the configuration file)",
     )
     collect.set_defaults(command=_gc)
+
+    rehearse = commands.add_parser(
+        "rehearse", help="write tiny images and a random backbone, to try the run rehearsal-1k before ImageNet is touched"
+    )
+    rehearse.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        default=Path("data/rehearsal"),
+        metavar="DIR",
+        help="where to (default: %(default)s, where the run looks by itself)",
+    )
+    rehearse.add_argument("--classes", type=int, default=1000, help="how many (default: %(default)s)")
+    rehearse.add_argument("--images", type=int, default=6, help="training images per class (default: %(default)s)")
+    rehearse.set_defaults(command=_rehearse)
 
     lock = commands.add_parser(
         "lock-recipes", help="for developers: acknowledge the code that each stage's recipe number stands for"
@@ -167,6 +183,16 @@ def _gc(arguments: argparse.Namespace) -> int:
         if found
         else "Nothing to collect."
     )
+    return 0
+
+
+def _rehearse(arguments: argparse.Namespace) -> int:
+    from workflow_scripts.operations.rehearse import rehearse
+
+    options = " ".join(rehearse(arguments.folder, arguments.classes, arguments.images))
+    print(f"{arguments.folder}: {arguments.classes} classes of {arguments.images} images, and a backbone. Go on with")
+    print(f"  stillhouse plan {options}")
+    print(f"  snakemake --cores all {options.replace('--run ', '--config run=')}")
     return 0
 
 

@@ -55,10 +55,10 @@ def test_verify_finds_a_flipped_byte_and_only_that_result_is_made_again(copied: 
     assert verify.verify(recipes) == []
     victim = recipes.samples("bee", SampleSet("mgd3", 3, 1))
     before = support.stored(copied.results)
-    chunk = next(path for path in (recipes.store.path(victim) / "latents").rglob("c*") if path.is_file())
-    content = bytearray(chunk.read_bytes())
-    content[len(content) // 2] ^= 1
-    chunk.write_bytes(content)
+    arrays = recipes.store.path(victim) / "arrays.zip"
+    content = bytearray(arrays.read_bytes())
+    content[content.index(recipes.store.read(victim).arrays["latents"].tobytes())] ^= 1
+    arrays.write_bytes(content)
 
     found = verify.verify(recipes)
 

@@ -247,7 +247,7 @@ def test_a_full_disk_stops_a_stage_cleanly(log: bool, wide_site: Site, programs:
     listing = tmp_path / "listing.json"
     arguments = ["--resolved", wide_site.resolved(FEW), "--shard", "000"]
     arguments += ["--log", wide_site.results / "logs" / "encode.log"] if log else []
-    disk = (str(wide_site.results), 120_000)
+    disk = (str(wide_site.results), 80_000)
     ended = programs.stage("encode", *arguments, disk=disk, listing=str(listing)).wait()
     if ended.code == support.NO_MOUNT:
         pytest.skip("this machine does not let a process mount a file system of its own")

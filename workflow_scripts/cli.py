@@ -64,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     collect.set_defaults(command=_gc)
 
     rehearse = commands.add_parser(
-        "rehearse", help="write tiny images and a random backbone, to try the run rehearsal-1k before ImageNet is touched"
+        "rehearse",
+        help="write tiny images and a random backbone, to try the run rehearsal-1k before ImageNet is touched",
     )
     rehearse.add_argument(
         "folder",

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_rehearsal.py FOLDER                  # 1000 classes; FOLDER gets images and results
     python tests/benchmarks/bench_rehearsal.py FOLDER --classes 50     # does the peak memory depend on the classes?
+    ... --shards 1 --methods random mgd3 d3hr                          # in fewer jobs
 
 Each job is a forked process that does what the stage's program does, without its start of some seconds for the imports. Called
 again for the same folder, it goes on with what is missing.
@@ -63,11 +64,17 @@ def run(config: RunConfig, folder: Path) -> None:
         if not (config.results / manifest).exists():
             seconds, used = in_child(lambda stage=stage, shard=shard: do(stage, shard))
             stages[stage].append((seconds, used.ru_utime + used.ru_stime, used.ru_maxrss))
+            print(
+                f"  {stage} {shard}: {seconds:.1f} s, CPU {sum(used[:2]):.1f} s, {used.ru_maxrss / 1024:.0f} MB",
+                flush=True,
+            )
     print(f"{'stage':10} {'jobs':>5} {'seconds':>9} {'CPU s':>9} {'peak MB':>9}")
     for stage, jobs in stages.items():
         wall, cpu, peak = sum(j[0] for j in jobs), sum(j[1] for j in jobs), max(j[2] for j in jobs)
         print(f"{stage:10} {len(jobs):5} {wall:9.1f} {cpu:9.1f} {peak / 1024:9.0f}")
-    print(f"of the peaks, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB are the imported libraries")
+    print(
+        f"of the peaks, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB are the imported libraries"
+    )
 
 
 def count_files(results: Path) -> None:
@@ -83,10 +90,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--methods", nargs="+", help="default: all that need no training")
     options = parser.parse_args()
     if not (options.folder / OVERLAY).exists():
         in_child(lambda: rehearse(options.folder, options.classes, 6))
     settings = (f"results={options.folder / 'results'}", f"shards={options.shards}", "compute.device=cpu")
+    settings += (f"compare={options.methods}",) if options.methods else ()
     config = load(support.ROOT / "config.yaml", None, settings, [options.folder / OVERLAY])
     run(config, options.folder)
     count_files(config.results)

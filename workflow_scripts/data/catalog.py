@@ -132,6 +132,8 @@ class Catalog:
                 f"class {class_name}: has no {split} image. Add images to its folder, or leave it out with dataset.classes."
             )
         if self.dataset.on_bad_image == "fail" and (empty := summary["empty"]):
+            if isinstance(self.source, Layouts):  # filling the file in place does not change its folder
+                self.source.splits[split].forget(class_name)
             raise DataError(
                 f"{empty[0]} (class {class_name}): zero bytes{f', and {len(empty) - 1} more like it' if empty[1:] else ''}. "
                 "Replace or remove it, or set dataset.on_bad_image: skip to leave such images out."

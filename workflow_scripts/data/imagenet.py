@@ -53,7 +53,10 @@ def order_difference(expected: Sequence[str], found: Sequence[str]) -> str | Non
     """Say where a list of classes first differs from the one that is expected, or None if it does not."""
     for place, (right, wrong) in enumerate(zip_longest(expected, found)):
         if right != wrong:
-            named = [f"label {place} is {titled(wrong) if wrong else 'missing'}", f"expected {titled(right) if right else 'no more'}"]
+            named = [
+                f"label {place} is {titled(wrong) if wrong else 'missing'}",
+                f"expected {titled(right) if right else 'no more'}",
+            ]
             return f"{', '.join(named)} ({len(found)} classes, expected {len(expected)})"
     return None
 

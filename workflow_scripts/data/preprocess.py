@@ -96,7 +96,9 @@ def load_labelled(
         pixels uint8 (n, resolution, resolution, 3) and labels int64 (n,).
     """
     count = sum(map(len, entries.values()))
-    images = np.empty((count, resolution, resolution, 3), np.uint8)  # filled in place: ImageNet's do not fit in memory twice
+    images = np.empty(
+        (count, resolution, resolution, 3), np.uint8
+    )  # filled in place: ImageNet's do not fit in memory twice
     labels = np.empty(count, np.int64)
     filled = 0
     for label, (name, listed) in enumerate(entries.items()):

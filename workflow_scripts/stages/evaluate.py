@@ -88,7 +88,9 @@ def load_set(recipes: Recipes, wanted: SampleSet) -> Labelled:
     counts = {name: len(source.entries(name, "train")) for name in recipes.classes}
     if wrong := [f"{titled(name)} has {count}" for name, count in counts.items() if count != wanted.ipc]:
         more = f", and {len(wrong) - 5} more classes" if wrong[5:] else ""
-        raise DataError(f"{folder}: should hold {wanted.ipc} images of each class, but {', '.join(wrong[:5])}{more}. {remedy}")
+        raise DataError(
+            f"{folder}: should hold {wanted.ipc} images of each class, but {', '.join(wrong[:5])}{more}. {remedy}"
+        )
     return _read(recipes, source, "train")
 
 

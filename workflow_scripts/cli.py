@@ -10,6 +10,7 @@ from pathlib import Path
 
 from workflow_scripts.config import load, read_document
 from workflow_scripts.errors import StillhouseError
+from workflow_scripts.operations.rehearse import FOLDER, rehearse
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import add_config_arguments, read_config
 
@@ -63,21 +64,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     collect.set_defaults(command=_gc)
 
-    rehearse = commands.add_parser(
+    trial = commands.add_parser(
         "rehearse",
         help="write tiny images and a random backbone, to try the run rehearsal-1k before ImageNet is touched",
     )
-    rehearse.add_argument(
+    trial.add_argument(
         "folder",
         type=Path,
         nargs="?",
-        default=Path("data/rehearsal"),
+        default=FOLDER,
         metavar="DIR",
         help="where to (default: %(default)s, where the run looks by itself)",
     )
-    rehearse.add_argument("--classes", type=int, default=1000, help="how many (default: %(default)s)")
-    rehearse.add_argument("--images", type=int, default=6, help="training images per class (default: %(default)s)")
-    rehearse.set_defaults(command=_rehearse)
+    trial.add_argument("--classes", type=int, default=1000, help="how many (default: %(default)s)")
+    trial.add_argument("--images", type=int, default=6, help="training images per class (default: %(default)s)")
+    trial.set_defaults(command=_rehearse)
 
     lock = commands.add_parser(
         "lock-recipes", help="for developers: acknowledge the code that each stage's recipe number stands for"
@@ -188,8 +189,6 @@ def _gc(arguments: argparse.Namespace) -> int:
 
 
 def _rehearse(arguments: argparse.Namespace) -> int:
-    from workflow_scripts.operations.rehearse import rehearse
-
     options = " ".join(rehearse(arguments.folder, arguments.classes, arguments.images))
     print(f"{arguments.folder}: {arguments.classes} classes of {arguments.images} images, and a backbone. Go on with")
     print(f"  stillhouse plan {options}")

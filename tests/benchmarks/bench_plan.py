@@ -123,6 +123,7 @@ def main() -> None:
         print(f"{written} results marked as made in {time.perf_counter() - began:.0f} s", flush=True)
         timed("plan, everything made", *plan)
         timed("snakemake -n, everything made", *dry_run)
+        timed("plan, one method changed", *plan, "--set", "methods.mgd3.sampler.steps=25")
         (Path("train") / wnids()[3] / "new.JPEG").write_bytes(b"new")
         timed("plan, one class changed", *plan)
         timed("snakemake -n, one class changed", *dry_run)

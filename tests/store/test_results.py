@@ -144,7 +144,7 @@ def test_one_chunk_per_array_and_two_files(committed: Store) -> None:
 
 
 def unpack(path: Path) -> None:
-    """Lay a result out as versions before 0.2 did: a folder per array beside the record."""
+    """Lay a result out as it was once: a folder per array beside the record."""
     with zipfile.ZipFile(path / "arrays.zip") as packed:
         for name in packed.namelist():
             if name != "zarr.json":
@@ -152,7 +152,7 @@ def unpack(path: Path) -> None:
     (path / "arrays.zip").unlink()
 
 
-def test_results_of_older_versions_are_read(committed: Store) -> None:
+def test_results_with_a_folder_per_array_are_read(committed: Store) -> None:
     unpack(committed.path(result()))
     same(committed.read(result()).arrays, ARRAYS)
     assert list(committed.read(result(), "images").arrays) == ["images"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -46,7 +47,8 @@ def write_resolved(config: RunConfig, path: Path) -> None:
     """Write a configuration for ``--resolved``, or note that it is still used if it is there."""
     text = config.canonical()
     if path.exists() and path.read_text() == text:
-        path.touch()
+        with contextlib.suppress(PermissionError):  # of another user's file
+            path.touch()
     else:
         write_atomically(path, text)
 

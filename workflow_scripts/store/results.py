@@ -136,7 +136,7 @@ class Store:
         record = self.record(result)
         try:
             checksums = dict(record["checksums"])
-            # Results of versions before 0.2 have a folder per array in place of the zip.
+            # Older results have a folder per array in place of the zip.
             kind = ZipStore if (path / ARRAYS).exists() else LocalStore
             with kind(path / ARRAYS if kind is ZipStore else path, read_only=True) as packed:
                 arrays = {

@@ -142,7 +142,8 @@ class Recipes:
         """The backbone: on disk, or one that fit_backbone will make."""
         cache = self.config.results / "cache"
         if self.config.backbone.path is not None:
-            return open_checkpoint(self.config.backbone.path, cache, self.config.backbone.vae)
+            found = open_checkpoint(self.config.backbone.path, cache, self.config.backbone.vae)
+            return found.at(self.config.dataset.resolution)
         identity = self.fit_digest
         path = self.config.results / "store" / "backbones" / identity[:PREFIX]
         labels = {name: index for index, name in enumerate(self.classes)}
@@ -603,7 +604,7 @@ class Recipes:
                     offset_timesteps(self.backbone.timesteps, method.chain.steps)
                 except ValueError as error:
                     raise ConfigError(f"methods.{name}.chain: {error}") from None
-        self._check_shapes()
+        self._check_pools()
         for name in self.classes:
             self.backbone.label_of(name)
             self.catalog.count(name, "test")
@@ -641,18 +642,13 @@ class Recipes:
                 f"spacing {sampler.spacing}; the nearest is {nearest}"
             )
 
-    def _check_shapes(self) -> None:
-        """Refuse images and clustering spaces that do not fit the backbone."""
-        backbone, resolution = self.backbone, self.config.dataset.resolution
-        if backbone.resolution is not None and backbone.resolution != resolution:
-            raise ConfigError(
-                f"dataset.resolution: got {resolution}, but backbone {backbone.path} takes {backbone.resolution} pixels"
-            )
+    def _check_pools(self) -> None:
+        """Refuse clustering spaces that do not fit the backbone."""
         pools = {"cluster": self.config.cluster.pool}
         for name, method in self.config.compared().items():
             if isinstance(prototypes := getattr(method, "prototypes", None), KMeansPrototypes):
                 pools[f"methods.{name}.prototypes"] = prototypes.pool
         for place, pool in pools.items():
-            if backbone.latent_side is not None and backbone.latent_side % pool:
-                side = backbone.latent_side
+            side = self.backbone.latent_side
+            if side is not None and side % pool:
                 raise ConfigError(f"{place}.pool: got {pool}, which does not divide the {side}x{side} latents")

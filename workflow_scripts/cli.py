@@ -13,6 +13,7 @@ from workflow_scripts.config import Compute, load, read_document
 from workflow_scripts.data.preprocess import Resample
 from workflow_scripts.errors import StillhouseError
 from workflow_scripts.formats import Format
+from workflow_scripts.operations.rehearse import FOLDER, rehearse
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import add_config_arguments, read_config
 
@@ -81,6 +82,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_regenerate(
         commands.add_parser("regenerate", help="keep class Gaussians alone, and make any IPC from them later")
     )
+    trial = commands.add_parser(
+        "rehearse",
+        help="write tiny images and a random backbone, to try the run rehearsal-1k before ImageNet is touched",
+    )
+    trial.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        default=FOLDER,
+        metavar="DIR",
+        help="where to (default: %(default)s, where the run looks by itself)",
+    )
+    trial.add_argument("--classes", type=int, default=1000, help="how many (default: %(default)s)")
+    trial.add_argument("--images", type=int, default=6, help="training images per class (default: %(default)s)")
+    trial.set_defaults(command=_rehearse)
 
     lock = commands.add_parser(
         "lock-recipes", help="for developers: acknowledge the code that each stage's recipe number stands for"
@@ -338,6 +354,14 @@ def _regenerate(arguments: argparse.Namespace) -> int:
         compute=Compute(device=arguments.device, sample_batch=arguments.batch, compile=arguments.compile),
     )
     print(place or f"Part {arguments.part[0]} of {arguments.part[1]} is made. Without --part, the set is written.")
+    return 0
+
+
+def _rehearse(arguments: argparse.Namespace) -> int:
+    options = " ".join(rehearse(arguments.folder, arguments.classes, arguments.images))
+    print(f"{arguments.folder}: {arguments.classes} classes of {arguments.images} images, and a backbone. Go on with")
+    print(f"  stillhouse plan {options}")
+    print(f"  snakemake --cores all {options.replace('--run ', '--config run=')}")
     return 0
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from workflow_scripts.data.imagenet import class_names
 from workflow_scripts.errors import BackboneError, ConfigError
-from workflow_scripts.store.digests import PREFIX, digest, file_digests
+from workflow_scripts.store.digests import PREFIX, digest, file_digests, note_on
 from workflow_scripts.store.files import write_atomically
 
 LABELS = "labels.json"
@@ -125,6 +125,26 @@ def open_checkpoint(name: str, cache: Path, vae: str | None = None) -> Checkpoin
     return _open_file(path, cache, vae) if path.is_file() else _open_directory(path, name, cache, vae)
 
 
+def notes_of(checkpoint: Checkpoint, cache: Path) -> list[Path]:
+    """Return the files in ``cache`` that hold, or would hold, what is remembered of a backbone."""
+    path = checkpoint.path
+    if not path.exists():
+        return []
+    own = vae_folder(checkpoint.autoencoder)
+    if path.is_dir():
+        folders = [path, path / denoiser_of(path), path / "scheduler", own]
+        return [note_on(folder, cache) for folder in folders]
+    return [note_on(path.parent, cache / path.name), _facts(_content(path, cache), cache), note_on(own, cache)]
+
+
+def _content(path: Path, cache: Path) -> str:
+    return digest(file_digests([path], cache / path.name))  # its own folder: two files of one folder share no note
+
+
+def _facts(content: str, cache: Path) -> Path:
+    return cache / f"{content[:PREFIX]}.facts.json"
+
+
 def _open_directory(path: Path, name: str, cache: Path, vae: str | None) -> Checkpoint:
     network = denoiser_of(path)
     parts = {network: ["config.json", weights_of(path / network)], "scheduler": ["scheduler_config.json"]}
@@ -156,8 +176,8 @@ def _open_directory(path: Path, name: str, cache: Path, vae: str | None) -> Chec
 
 
 def _open_file(path: Path, cache: Path, vae: str | None) -> Checkpoint:
-    content = digest(file_digests([path], cache / path.name))  # its own folder: two files of one folder share no note
-    note = cache / f"{content[:PREFIX]}.facts.json"
+    content = _content(path, cache)
+    note = _facts(content, cache)
     try:
         facts = json.loads(note.read_text())
     except (OSError, ValueError):

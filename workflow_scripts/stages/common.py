@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from typing import Any, TextIO
 from workflow_scripts.config import RunConfig, load, load_resolved
 from workflow_scripts.errors import StillhouseError
 from workflow_scripts.recipes import Job, Recipes
+from workflow_scripts.store.digests import PREFIX, digest
 from workflow_scripts.store.files import write_atomically
 
 
@@ -36,10 +38,18 @@ def read_config(arguments: argparse.Namespace) -> RunConfig:
     return load(arguments.config, arguments.run, arguments.set, arguments.configfile)
 
 
+def resolved_path(config: RunConfig) -> Path:
+    """Return where a configuration is kept for ``--resolved``."""
+    return config.results / "cache" / "configs" / f"{digest(config.canonical())[:PREFIX]}.json"
+
+
 def write_resolved(config: RunConfig, path: Path) -> None:
-    """Write a configuration for ``--resolved``, unless it is there."""
+    """Write a configuration for ``--resolved``, or note that it is still used if it is there."""
     text = config.canonical()
-    if not path.exists() or path.read_text() != text:
+    if path.exists() and path.read_text() == text:
+        with contextlib.suppress(PermissionError):  # of another user's file
+            path.touch()
+    else:
         write_atomically(path, text)
 
 

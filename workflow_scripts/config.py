@@ -678,6 +678,11 @@ class Compute(Strict):
     invert_batch: PositiveInt = 128
     sample_batch: PositiveInt = 128
     workers: PositiveInt = Field(4, description="threads that decode images")
+    gpu: str | None = Field(
+        None,
+        description="what plan counts hours of, such as h100; default: the device that stillhouse bench measured last",
+    )
+    price_per_gpu_hour: PositiveFloat | None = Field(None, description="in any currency; plan multiplies it")
 
 
 class Report(Strict):

@@ -98,6 +98,27 @@ class Job:
         return f"manifests/{self.stage}/{self.shard}.{self.digest[:PREFIX]}.json"
 
 
+def student_recipe(config: RunConfig, architecture: Architecture, classes: int, epochs: int, seed: int) -> Recipe:
+    """Return the recipe of a run's trainings of an architecture."""
+    settings = config.evaluation
+    own = {key: getattr(settings, key) for key in ("batch_size", "learning_rate", "weight_decay")}
+    return Recipe(
+        architecture=architecture.name,
+        width=architecture.width,
+        resolution=settings.resolution,
+        classes=classes,
+        epochs=epochs,
+        evaluations=settings.evaluations,
+        crop_scale=settings.crop_scale,
+        flip=settings.flip,
+        jitter=(settings.jitter,) * 3,
+        lighting=settings.lighting,
+        cutmix_probability=settings.cutmix,
+        seed=seed,
+        **{**PROTOCOLS[settings.protocol](classes), **{k: v for k, v in own.items() if v is not None}},
+    )
+
+
 T = TypeVar("T")
 
 
@@ -407,23 +428,9 @@ class Recipes:
 
     def student(self, training: Training) -> Recipe:
         """Return the training's recipe: the protocol's published values, overlaid by what is configured."""
-        settings = self.config.evaluation
-        own = {key: getattr(settings, key) for key in ("batch_size", "learning_rate", "weight_decay")}
-        return Recipe(
-            architecture=training.architecture.name,
-            width=training.architecture.width,
-            resolution=settings.resolution,
-            classes=len(self.classes),
-            epochs=self.epochs(training.set.ipc),
-            evaluations=settings.evaluations,
-            crop_scale=settings.crop_scale,
-            flip=settings.flip,
-            jitter=(settings.jitter,) * 3,
-            lighting=settings.lighting,
-            cutmix_probability=settings.cutmix,
-            seed=1000 * training.set.seed + training.repeat,
-            **{**PROTOCOLS[settings.protocol](len(self.classes)), **{k: v for k, v in own.items() if v is not None}},
-        )
+        seed = 1000 * training.set.seed + training.repeat
+        epochs = self.epochs(training.set.ipc)
+        return student_recipe(self.config, training.architecture, len(self.classes), epochs, seed)
 
     def training_recipe(self, training: Training) -> dict[str, Any]:
         """Return everything that determines a training."""
@@ -556,7 +563,12 @@ class Recipes:
         recipes = [digest(self.training_recipe(training)) for cell in cells for training in self.trainings(*cell)]
         shown = self.config.model_dump(
             mode="json",
-            exclude={"results": True, "dataset": {"root", "test_root", "test_labels"}, "backbone": {"path", "vae"}},
+            exclude={
+                "results": True,
+                "dataset": {"root", "test_root", "test_labels"},
+                "backbone": {"path", "vae"},
+                "compute": {"gpu", "price_per_gpu_hour"},
+            },
         )
         content = {"recipe": RECIPES["report"], "config": shown, "trainings": recipes}
         return content, len(recipes), [("evaluate", shard) for shard in self.shards_of("evaluate")]

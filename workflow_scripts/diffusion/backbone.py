@@ -128,6 +128,11 @@ class Denoiser:
             raise BackboneError(
                 f"{path / 'scheduler'}: predicts {schedule.config.prediction_type}; only epsilon prediction is supported"
             )
+        return cls.of(model, schedule, device, compiled=compiled)
+
+    @classmethod
+    def of(cls, model: Any, schedule: DDIMScheduler, device: torch.device, *, compiled: bool = False) -> Denoiser:
+        """Make a denoiser of a network and the schedule that it was trained with."""
         config = model.config
         shape = (config.in_channels, config.sample_size, config.sample_size)
         model = model.to(device).eval().requires_grad_(False)

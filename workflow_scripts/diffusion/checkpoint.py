@@ -55,6 +55,8 @@ class Checkpoint:
         resolution: side in pixels of the square images, if known.
         vae_path: where the autoencoder is, if not at ``path``.
         licences: of the weights, by part: ``denoiser`` and ``vae``.
+        denoiser_config: the denoiser's arguments in diffusers, as far as they are known.
+        vae_config: the autoencoder's, likewise.
     """
 
     path: Path
@@ -66,6 +68,8 @@ class Checkpoint:
     resolution: int | None = None
     vae_path: Path | None = None
     licences: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(("denoiser", "vae"), OWN))
+    denoiser_config: Mapping[str, Any] = field(default_factory=dict)
+    vae_config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def autoencoder(self) -> Path:
@@ -132,8 +136,7 @@ def _open_directory(path: Path, name: str, cache: Path, vae: str | None) -> Chec
         denoiser=digest([identity[part] for part in files]),
         timesteps=int(schedule.get("num_train_timesteps", TIMESTEPS)),
         labels=read_labels(path, _classes(path, network, config)),
-        side=config.get("sample_size"),
-        channels=config.get("in_channels"),
+        network=config,
     )
 
 
@@ -142,10 +145,12 @@ def _open_file(path: Path, cache: Path, vae: str | None) -> Checkpoint:
     note = cache / f"{content[:PREFIX]}.shapes.json"
     try:
         facts = json.loads(note.read_text())
-    except (OSError, ValueError):
+        network = facts["network"]
+    except (OSError, ValueError, KeyError):
         from workflow_scripts.diffusion.original import describe  # here, because it imports torch
 
         facts = describe(path)
+        network = facts["network"]
         write_atomically(note, json.dumps(facts))
     if facts["vae"] is None and vae is None:
         raise BackboneError(
@@ -158,8 +163,7 @@ def _open_file(path: Path, cache: Path, vae: str | None) -> Checkpoint:
         denoiser=digest([content, facts["denoiser"]]),
         timesteps=TIMESTEPS,
         labels=imagenet_labels(facts["classes"], path),
-        side=facts["side"],
-        channels=facts["channels"],
+        network=network,
         own_vae=(digest([content, "vae"]), facts["vae"]),
     )
 
@@ -172,8 +176,7 @@ def _assemble(
     denoiser: str,
     timesteps: int,
     labels: dict[str, int],
-    side: int | None,
-    channels: int | None,
+    network: Mapping[str, Any],
     own_vae: tuple[str, dict[str, Any]] | None = None,
 ) -> Checkpoint:
     """Add the autoencoder to what is known of a denoiser, and check that they fit."""
@@ -190,7 +193,7 @@ def _assemble(
                 )
         identity = digest(file_digests(files, cache))
         config = _read_json(files[0], dict)
-    latent = config.get("latent_channels")
+    latent, channels, side = config.get("latent_channels"), network.get("in_channels"), network.get("sample_size")
     if channels and latent and channels != latent:
         raise BackboneError(
             f"{'backbone.vae' if vae else 'backbone.path'}: the autoencoder in {place} has latents of {latent} channels, the "
@@ -207,6 +210,8 @@ def _assemble(
         side * 2 ** (levels - 1) if side and levels else None,
         place if vae else None,
         {"denoiser": licence_of(path), "vae": licence_of(place)},
+        network,
+        config,
     )
 
 

@@ -107,8 +107,8 @@ def describe(path: Path) -> dict[str, Any]:
     """Return what a planner must know of a checkpoint.
 
     Returns:
-        ``denoiser``: ``transformer`` or ``unet``; ``side`` and ``channels`` of its latents; ``classes`` without the null
-        class; and ``vae``: the configuration of its autoencoder, if it has one.
+        ``denoiser``: ``transformer`` or ``unet``; ``network``: its arguments in diffusers; ``classes`` without the null
+        class; and ``vae``: the arguments of its autoencoder, if it has one.
     """
     state = read_state(path)
     try:
@@ -120,7 +120,7 @@ def describe(path: Path) -> dict[str, Any]:
             facts = {"denoiser": "unet", "classes": len(state[LABEL_EMBEDDING]) - 1, "vae": vq_config(state)}
     except (KeyError, IndexError, ValueError) as error:
         raise BackboneError(f"{path}: tensors are missing from it ({error})") from error
-    return {**facts, "side": config["sample_size"], "channels": config["in_channels"]}
+    return {**facts, "network": config}
 
 
 def load_denoiser(

@@ -80,6 +80,19 @@ def get_gpu(wildcards):
     return 1 if HAS_GPU else 0
 
 
+def get_fit_gpus(wildcards):
+    """The GPUs that fine-tuning shares its batch among, one for any other fit, if there are any."""
+    tune = RUN.backbone.finetune
+    return get_gpu(wildcards) * (1 if tune is None else tune.gpus)
+
+
+def get_launcher(wildcards, resources):
+    """What starts as many processes as a fit has GPUs."""
+    if resources.gpu <= 1:
+        return "python"
+    return f"python -m torch.distributed.run --standalone --nproc-per-node {resources.gpu}"
+
+
 def get_minutes(base, per_item, stage):
     """Resource function: minutes for a job's items, growing with each attempt."""
 

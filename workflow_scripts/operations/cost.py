@@ -235,7 +235,11 @@ class Ledger:
     def _fit(self) -> Iterator[Work]:
         """Yield the training of the autoencoder and the denoiser, a step of which counts as three forward passes."""
         config, tasks = self.recipes.config, self.tasks
-        fit = config.backbone.fit
+        fit, tune = config.backbone.fit, config.backbone.finetune
+        if tune is not None:
+            passes = 3 if tune.trainable == "all" else 2  # most weights need no gradient
+            yield tasks.denoise(), passes * tune.steps * tune.batch_size
+            return
         assert fit is not None
         side = config.dataset.resolution
         yield tasks.read(side), sum(self._images(name) for name in self.recipes.classes)
@@ -277,7 +281,7 @@ class Ledger:
             return SCORE_BYTES
         if stage == "fit_backbone":
             weights = parameters(self.tasks.denoiser)
-            return None if weights is None else 2 * weights
+            return None if weights is None else weights * (2 if self.recipes.config.backbone.fit is not None else 4)
         if not isinstance(thing, Result):
             return 0.0  # a report: a few megabytes
         latent, recipe = self._latent, thing.recipe

@@ -48,6 +48,11 @@ def machine_has_gpu() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
+def process_rank() -> int:
+    """Return this process's number among those that torchrun started for one job, 0 without it."""
+    return int(os.environ.get("RANK", 0))
+
+
 def stage_main(stage: str, doc: str | None, work: Callable[[Recipes, str], Mapping[str, Any]], shards: str) -> None:
     """Run a stage's program: parse the command line, do one job's work, write its manifest.
 
@@ -65,6 +70,8 @@ def stage_main(stage: str, doc: str | None, work: Callable[[Recipes, str], Mappi
         "--manifest", type=Path, help="where the caller expects the manifest; refused if that is not what would be made"
     )
     arguments = parser.parse_args()
+    if arguments.log and process_rank():
+        arguments.log = arguments.log.with_suffix(f".rank{process_rank()}.log")
     terminal = _log_to(arguments.log) if arguments.log else sys.stderr
     try:
         config = read_config(arguments)
@@ -76,7 +83,8 @@ def stage_main(stage: str, doc: str | None, work: Callable[[Recipes, str], Mappi
         _expect(job, config.results, arguments.manifest)
         content = work(recipes, arguments.shard)
         _expect(Recipes(config).job(stage, arguments.shard), config.results, config.results / job.manifest)
-        write_manifest(config.results, job, content)
+        if process_rank() == 0:
+            write_manifest(config.results, job, content)
     except StillhouseError as error:
         for stream in {terminal, sys.stderr}:
             print(f"{stage} {arguments.shard}: {error}", file=stream, flush=True)

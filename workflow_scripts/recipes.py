@@ -169,7 +169,8 @@ class Recipes:
     def pretrained(self) -> Checkpoint:
         """The backbone at ``backbone.path``."""
         assert self.config.backbone.path is not None
-        return open_checkpoint(self.config.backbone.path, self.config.results / "cache", self.config.backbone.vae)
+        found = open_checkpoint(self.config.backbone.path, self.config.results / "cache", self.config.backbone.vae)
+        return found.at(self.config.dataset.resolution)
 
     @cached_property
     def _fitted(self) -> Checkpoint:
@@ -671,7 +672,7 @@ class Recipes:
                     offset_timesteps(self.backbone.timesteps, method.chain.steps)
                 except ValueError as error:
                     raise ConfigError(f"methods.{name}.chain: {error}") from None
-        self._check_shapes()
+        self._check_pools()
         if self.config.backbone.finetune is not None:
             self._check_finetune()
         for name in self.classes:
@@ -722,18 +723,13 @@ class Recipes:
                 f"spacing {sampler.spacing}; the nearest is {nearest}"
             )
 
-    def _check_shapes(self) -> None:
-        """Refuse images and clustering spaces that do not fit the backbone."""
-        backbone, resolution = self.backbone, self.config.dataset.resolution
-        if backbone.resolution is not None and backbone.resolution != resolution:
-            raise ConfigError(
-                f"dataset.resolution: got {resolution}, but backbone {backbone.path} takes {backbone.resolution} pixels"
-            )
+    def _check_pools(self) -> None:
+        """Refuse clustering spaces that do not fit the backbone."""
         pools = {"cluster": self.config.cluster.pool}
         for name, method in self.config.compared().items():
             if isinstance(prototypes := getattr(method, "prototypes", None), KMeansPrototypes):
                 pools[f"methods.{name}.prototypes"] = prototypes.pool
         for place, pool in pools.items():
-            if backbone.latent_side is not None and backbone.latent_side % pool:
-                side = backbone.latent_side
+            side = self.backbone.latent_side
+            if side is not None and side % pool:
                 raise ConfigError(f"{place}.pool: got {pool}, which does not divide the {side}x{side} latents")

@@ -109,10 +109,15 @@ class Denoiser:
     label_table: torch.Tensor | None = None
 
     @classmethod
-    def load(cls, path: Path, device: torch.device, dtype: torch.dtype, *, compiled: bool = False) -> Denoiser:
+    def load(
+        cls, path: Path, device: torch.device, dtype: torch.dtype, *, side: int | None = None, compiled: bool = False
+    ) -> Denoiser:
         """Load ``path/transformer`` (or ``unet`` and its class embedding) and the constants of ``path/scheduler``.
 
         A one-file checkpoint is converted.
+
+        Args:
+            side: of the latents, if not the one that it was trained with; only a U-Net takes another.
         """
         model: Any
         if path.is_file():
@@ -128,13 +133,22 @@ class Denoiser:
             raise BackboneError(
                 f"{path / 'scheduler'}: predicts {schedule.config.prediction_type}; only epsilon prediction is supported"
             )
-        return cls.of(model, schedule, device, compiled=compiled)
+        return cls.of(model, schedule, device, side=side, compiled=compiled)
 
     @classmethod
-    def of(cls, model: Any, schedule: DDIMScheduler, device: torch.device, *, compiled: bool = False) -> Denoiser:
-        """Make a denoiser of a network and the schedule that it was trained with."""
+    def of(
+        cls,
+        model: Any,
+        schedule: DDIMScheduler,
+        device: torch.device,
+        *,
+        side: int | None = None,
+        compiled: bool = False,
+    ) -> Denoiser:
+        """Make a denoiser of a network and the schedule that it was trained with; ``side`` as for :meth:`load`."""
         config = model.config
-        shape = (config.in_channels, config.sample_size, config.sample_size)
+        side = side or config.sample_size
+        shape = (config.in_channels, side, side)
         model = model.to(device).eval().requires_grad_(False)
         table = model.labels.weight[:, None] if isinstance(model, LabelledUNet) else open_label_embeddings(model)
         if compiled:

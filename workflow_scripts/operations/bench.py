@@ -191,7 +191,7 @@ class Subject:
         began = time.perf_counter()
         checkpoint, name = (None, architecture) if architecture else _checkpoint(config)
         if checkpoint is not None:
-            denoiser = Denoiser.load(checkpoint.path, device, dtype)
+            denoiser = Denoiser.load(checkpoint.path, device, dtype, side=checkpoint.latent_side)
             autoencoder = Autoencoder.load(checkpoint.autoencoder, device, dtype)
         elif name is not None:
             denoiser, autoencoder = _published(name, device, dtype)
@@ -209,7 +209,7 @@ class Subject:
             denoiser.predict(x, 500, label, cfg_scale=1, cfg_channels=1)
         tasks = Tasks(
             config,
-            dict(getattr(denoiser.model, "config", {})),
+            {**denoiser.model.config, "sample_size": denoiser.latent_shape[1]},
             dict(autoencoder.model.config),
             len(denoiser.abar),
             float(counter.get_total_flops()),
@@ -483,7 +483,8 @@ def _checkpoint(config: RunConfig) -> tuple[Checkpoint | None, str | None]:
     if config.backbone.path is None:
         return None, None
     try:
-        return open_checkpoint(config.backbone.path, config.results / "cache", config.backbone.vae), None
+        found = open_checkpoint(config.backbone.path, config.results / "cache", config.backbone.vae)
+        return found.at(config.dataset.resolution), None
     except BackboneError as error:
         named = re.search(r"DiT-XL-2-(256|512)", config.backbone.path)
         if named is None:

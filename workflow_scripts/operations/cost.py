@@ -125,7 +125,9 @@ class Ledger:
     def tasks(self) -> Tasks:
         """The run's kinds of work."""
         config, backbone = self.recipes.config, self.recipes.backbone
-        denoiser, vae = backbone.denoiser_config, backbone.vae_config
+        denoiser, vae = dict(backbone.denoiser_config), backbone.vae_config
+        if backbone.latent_side is not None:  # which may not be the one that a U-Net was trained with
+            denoiser["sample_size"] = backbone.latent_side
         fit = config.backbone.fit
         if fit is not None:
             vae = fitted_coder(fit.vae, fit.autoencoder == "vq")

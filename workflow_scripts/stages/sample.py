@@ -81,7 +81,9 @@ def synthesise(recipes: Recipes, name: str, missing: list[Result], device: torch
     method = config.methods[name]
     assert isinstance(method, DiffusionMethod)
     dtype = getattr(torch, config.compute.dtype)
-    denoiser = Denoiser.load(recipes.backbone.path, device, dtype, compiled=config.compute.compile)
+    denoiser = Denoiser.load(
+        recipes.backbone.path, device, dtype, side=recipes.backbone.latent_side, compiled=config.compute.compile
+    )
     autoencoder = Autoencoder.load(recipes.backbone.autoencoder, device, dtype)
 
     def prepare(result: Result, grid: Grid) -> Rows:

@@ -86,6 +86,12 @@ def get_fit_gpus(wildcards):
     return get_gpu(wildcards) * (1 if tune is None else tune.gpus)
 
 
+def get_fit_memory(wildcards, attempt):
+    """Megabytes for a fit: a checkpoint of all weights of DiT-XL/2, averages and moments included, has 11 GB."""
+    tune = RUN.backbone.finetune
+    return attempt * (16000 if tune is None else 40000 + 8000 * tune.gpus)
+
+
 def get_launcher(wildcards, resources):
     """What starts as many processes as a fit has GPUs."""
     if resources.gpu <= 1:

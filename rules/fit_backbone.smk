@@ -12,7 +12,7 @@ rule fit_backbone:
     threads: workflow.cores or 8
     resources:
         gpu=get_fit_gpus,
-        mem_mb=lambda wildcards, attempt: 16000 * max(1, get_fit_gpus(wildcards)) * attempt,
+        mem_mb=get_fit_memory,
         runtime=get_minutes(240 if RUN.backbone.finetune is None else 720, 0, "fit_backbone"),
     params:
         resolved=get_resolved,

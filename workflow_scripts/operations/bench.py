@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -250,16 +251,22 @@ class Subject:
         Args:
             setting: the configuration key that makes it smaller, for the error.
         """
+        with self._within_memory(title, batch, setting):
+            seconds = statistics.median(self.clock.times(call))
+        return Measurement(title, units / seconds, batch, flop, self._memory())
+
+    @contextmanager
+    def _within_memory(self, title: str, batch: int, setting: str) -> Iterator[None]:
+        """Begin to look at the peak of the device's memory, and say what to do if there is too little."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
-            seconds = statistics.median(self.clock.times(call))
+            yield
         except torch.OutOfMemoryError:
             raise StillhouseError(
                 f"bench: {title}: a batch of {batch} does not fit into the memory of {device_name(self.device)}. "
                 f"Lower {setting}."
             ) from None
-        return Measurement(title, units / seconds, batch, flop, self._memory())
 
     def _memory(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
@@ -388,20 +395,19 @@ class Subject:
         images = torch.randint(0, 256, (count, 3, side, side), generator=random, dtype=torch.uint8)
         labels = torch.randint(0, classes, (count,), generator=random)
         options = asdict(recipe) | {"evaluations": epochs // 2}
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        title = display_name(recipe.architecture, resolution=side, width=recipe.width)
         times: list[float] = []
-        train_student(
-            type(recipe)(**options),
-            *(images, labels, images, labels),
-            device=self.device,
-            progress=lambda *_: times.append(self.clock.now()),
-        )
+        with self._within_memory(title, recipe.batch_size, "evaluation.batch_size"):
+            train_student(
+                type(recipe)(**options),
+                *(images, labels, images, labels),
+                device=self.device,
+                progress=lambda *_: times.append(self.clock.now()),
+            )
         seconds = np.diff(times)  # of epochs 2, 3, ...: scored, not scored, ...
         trained = statistics.median(seconds[1::2])
         # A difference of two times is uncertain; scoring, a third of training's operations, is not six times as fast.
         scored = max(statistics.median(seconds[::2]) - trained, trained / 6)
-        title = display_name(recipe.architecture, resolution=side, width=recipe.width)
         memory = self._memory()
         for task, verb, spent in (
             (self.tasks.train(recipe), "train", trained),

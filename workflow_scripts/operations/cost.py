@@ -80,7 +80,7 @@ class Cost:
     """What a run costs.
 
     Attributes:
-        price: of a GPU-hour, if it is known.
+        price: of a GPU-hour, if it is set and hours are those of a GPU.
     """
 
     speeds: Speeds
@@ -111,7 +111,8 @@ def cost(recipes: Recipes, surveys: Iterable[StageSurvey]) -> Cost:
         )
         for stage in surveys
     ]
-    return Cost(ledger.speeds, stages, recipes.config.compute.price_per_gpu_hour)
+    price = recipes.config.compute.price_per_gpu_hour if ledger.speeds.on_gpu else None
+    return Cost(ledger.speeds, stages, price)
 
 
 @dataclass
@@ -125,9 +126,9 @@ class Ledger:
     def tasks(self) -> Tasks:
         """The run's kinds of work."""
         config, backbone = self.recipes.config, self.recipes.backbone
-        denoiser, vae = dict(backbone.denoiser_config), backbone.vae_config
+        denoiser, vae = backbone.denoiser_config, backbone.vae_config
         if backbone.latent_side is not None:  # which may not be the one that a U-Net was trained with
-            denoiser["sample_size"] = backbone.latent_side
+            denoiser = {**denoiser, "sample_size": backbone.latent_side}
         fit = config.backbone.fit
         if fit is not None:
             vae = fitted_coder(fit.vae, fit.autoencoder == "vq")
@@ -210,7 +211,7 @@ class Ledger:
         images = sum(self._images(name) for name in self.recipes.classes)
         yield self.tasks.read(self.recipes.config.dataset.resolution), images
         student = self._convnet(method.objective.width, method.objective.experts.batch_size)
-        yield self.tasks.train(student), count * method.objective.epochs_read * images
+        yield self.tasks.train(student).learning(), count * method.objective.epochs_read * images
 
     def _match(self, job: str, results: list[Result]) -> Iterator[Work]:
         """Yield what an iteration takes, so many times: images without a graph if they are many, with one, and back."""
@@ -240,15 +241,15 @@ class Ledger:
         fit, tune = config.backbone.fit, config.backbone.finetune
         if tune is not None:
             passes = 3 if tune.trainable == "all" else 2  # most weights need no gradient
-            yield tasks.denoise(), passes * tune.steps * tune.batch_size
+            yield tasks.denoise().learning(), passes * tune.steps * tune.batch_size
             return
         assert fit is not None
         side = config.dataset.resolution
         yield tasks.read(side), sum(self._images(name) for name in self.recipes.classes)
-        yield tasks.encode(), 3 * fit.vae.steps * fit.vae.batch_size
-        yield tasks.decode(), 3 * fit.vae.steps * fit.vae.batch_size
+        yield tasks.encode().learning(), 3 * fit.vae.steps * fit.vae.batch_size
+        yield tasks.decode().learning(), 3 * fit.vae.steps * fit.vae.batch_size
         denoiser = fit.dit if fit.denoiser == "dit" else fit.unet
-        yield tasks.denoise(), 3 * denoiser.steps * denoiser.batch_size
+        yield tasks.denoise().learning(), 3 * denoiser.steps * denoiser.batch_size
 
     def _convnet(self, width: int, batch: int) -> Recipe:
         side, classes = self.recipes.config.dataset.resolution, len(self.recipes.classes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,8 +41,12 @@ FAMILY = {
     "train": "student",
     "test": "student",
     "start": "start",
+    "learn-encode": "vae",
+    "learn-decode": "vae",
+    "learn-denoise": "denoise",
+    "learn-train": "student",
 }
-"""Kinds of work that reach about the same FLOP/s."""
+"""Kinds of work that reach about the same FLOP/s; those that begin with ``learn`` are not measured, but scaled from others."""
 
 MATMUL: Mapping[str, Mapping[str, float]] = {
     "h100": {"bfloat16": 794e12, "float32": 60e12},
@@ -79,6 +83,10 @@ class Task:
     def key(self) -> str:
         """Its name in the store of measurements."""
         return f"{self.kind} {self.what}"
+
+    def learning(self) -> Task:
+        """Return the same work as a part of training, where passes backwards are counted as so many forwards."""
+        return replace(self, kind=f"learn-{self.kind}")
 
 
 @dataclass(frozen=True)
@@ -297,7 +305,7 @@ class Speeds:
         alike = [rate for key, row in self.rows.items() if _alike(key, task) and (rate := row.flop_per_second)]
         if alike:
             return amount * task.flop * SCALED_MARGIN / min(alike), "scaled"
-        rate = self.matmul.get("bfloat16" if task.kind in ("train", "test") and self.on_gpu else self.compute.dtype)
+        rate = self.matmul.get("bfloat16" if FAMILY[task.kind] == "student" and self.on_gpu else self.compute.dtype)
         return None if rate is None else (amount * task.flop * self._margin(task.kind) / rate, "estimated")
 
     def _margin(self, kind: str) -> float:

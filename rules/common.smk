@@ -8,7 +8,7 @@ from snakemake.settings.enums import RerunTrigger
 from workflow_scripts.config import resolve
 from workflow_scripts.errors import StillhouseError
 from workflow_scripts.recipes import Recipes
-from workflow_scripts.stages.common import machine_has_gpu, write_resolved
+from workflow_scripts.stages.common import launcher, machine_has_gpu, write_resolved
 from workflow_scripts.stages.publish import publish
 from workflow_scripts.store.digests import digest
 
@@ -92,11 +92,9 @@ def get_fit_memory(wildcards, attempt):
     return attempt * (16000 if tune is None else 40000 + 8000 * tune.gpus)
 
 
-def get_launcher(wildcards, resources):
-    """What starts as many processes as a fit has GPUs."""
-    if resources.gpu <= 1:
-        return "python"
-    return f"python -m torch.distributed.run --standalone --nproc-per-node {resources.gpu}"
+def get_launcher(wildcards):
+    """What starts a fit: one process for each of its GPUs."""
+    return launcher(max(1, get_fit_gpus(wildcards)))
 
 
 def get_minutes(base, per_item, stage):

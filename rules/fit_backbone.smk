@@ -20,5 +20,5 @@ rule fit_backbone:
     message:
         "Fitting a backbone on the training images"
     shell:
-        "exec {params.launcher} -m workflow_scripts.stages.fit_backbone --resolved {params.resolved:q} --shard {wildcards.shard:q}"
+        "exec {params.launcher} workflow_scripts.stages.fit_backbone --resolved {params.resolved:q} --shard {wildcards.shard:q}"
         " --manifest {output:q} --log {log:q}"

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import support
+from torch.distributed.run import get_args_parser
 
 from workflow_scripts.errors import ConfigError
 from workflow_scripts.recipes import Recipes
+from workflow_scripts.stages.common import launcher
 from workflow_scripts.stages.inputs import CachedLatents, scaled_latents
 
 TUNE = {
@@ -77,3 +79,13 @@ def test_cached_latents_are_those_of_the_store(copied: support.Site) -> None:
 def test_bad_settings(site: support.Site, keys: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         site.config(keys)
+
+
+def test_the_launcher_keeps_the_programs_options_from_torchrun() -> None:
+    """``--log`` alone would be ambiguous to it, and ``--run`` too."""
+    assert launcher(1) == "python -m"
+    words = launcher(2).split()
+    assert words[:3] == ["python", "-m", "torch.distributed.run"]
+    parsed = get_args_parser().parse_args([*words[3:], "stage", "--log", "a.log", "--run", "digits"])
+    assert (parsed.module, parsed.nproc_per_node, parsed.training_script) == (True, "2", "stage")
+    assert parsed.training_script_args == ["--log", "a.log", "--run", "digits"]

@@ -353,7 +353,7 @@ def choose_speeds(config: RunConfig) -> Speeds:
     if compute.device == "cpu":
         return Speeds("this CPU", False, "nothing is known of it: stillhouse bench measures it", {}, compute)
     name = wanted or "h100"
-    known = MATMUL.get(_slug(name), {})
+    known = next((rates for gpu, rates in MATMUL.items() if gpu in _slug(name)), {})
     source = "estimated with a margin, nothing measured; stillhouse bench on one measures it"
     if not known:
         source = f"nothing is known of it: run stillhouse bench on one, or name {', '.join(MATMUL)}"

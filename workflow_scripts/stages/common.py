@@ -48,6 +48,17 @@ def machine_has_gpu() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
+def launcher(gpus: int) -> str:
+    """Return the command that starts a module once for each of ``gpus`` GPUs, or of those of this machine if that has fewer.
+
+    The dashes keep torchrun from taking the module's options for its own.
+    """
+    here = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    count = min(gpus, here or gpus)
+    torchrun = f"python -m torch.distributed.run --standalone --nproc-per-node {count} -m --"
+    return torchrun if count > 1 else "python -m"
+
+
 def process_rank() -> int:
     """Return this process's number among those that torchrun started for one job, 0 without it."""
     return int(os.environ.get("RANK", 0))

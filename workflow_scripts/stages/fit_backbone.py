@@ -1,7 +1,7 @@
 """Make the run's backbone: fit a small one on its training images, or fine-tune a pre-trained DiT on their latents.
 
 Fine-tuning shares its batch among the processes that torchrun starts:
-``torchrun --nproc-per-node 4 -m workflow_scripts.stages.fit_backbone --run NAME --shard backbone``.
+``torchrun --standalone --nproc-per-node 4 -m -- workflow_scripts.stages.fit_backbone --run NAME --shard backbone``.
 """
 
 from __future__ import annotations

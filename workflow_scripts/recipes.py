@@ -7,7 +7,7 @@ the result that its recipe names does not exist.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial, wraps
 from pathlib import Path
@@ -117,6 +117,11 @@ def student_recipe(config: RunConfig, architecture: Architecture, classes: int, 
         seed=seed,
         **{**PROTOCOLS[settings.protocol](classes), **{k: v for k, v in own.items() if v is not None}},
     )
+
+
+def digest_of_set(images: Mapping[str, str]) -> str:
+    """Return the digest of a set, given the digest of each class's images in label order."""
+    return digest({"stage": "export", "recipe": RECIPES["export"], "classes": [list(item) for item in images.items()]})
 
 
 T = TypeVar("T")
@@ -447,13 +452,7 @@ class Recipes:
     @remembered
     def set_digest(self, wanted: SampleSet) -> str:
         """Return the digest of a set: its classes in label order, and what each is made of."""
-        return digest(
-            {
-                "stage": "export",
-                "recipe": RECIPES["export"],
-                "classes": [[name, self.samples(name, wanted).digest] for name in self.classes],
-            }
-        )
+        return digest_of_set({name: self.samples(name, wanted).digest for name in self.classes})
 
     def set_directory(self, wanted: SampleSet) -> Path:
         """Return the folder of a set's exported images."""

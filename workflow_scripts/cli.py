@@ -13,6 +13,7 @@ from workflow_scripts.config import Compute, load, read_document
 from workflow_scripts.data.preprocess import Resample
 from workflow_scripts.errors import StillhouseError
 from workflow_scripts.formats import Format
+from workflow_scripts.operations.flops import ARCHITECTURES
 from workflow_scripts.operations.rehearse import FOLDER, rehearse
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import add_config_arguments, read_config
@@ -35,11 +36,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version("stillhouse"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    plan = commands.add_parser("plan", help="what of a run is valid, what is missing, and why")
+    plan = commands.add_parser(
+        "plan", help="what of a run is valid, what is missing and why, and what it will cost in hours, bytes and money"
+    )
     plan.add_argument("--verbose", action="store_true", help="name every missing result")
     plan.add_argument("--json", action="store_true", help="print JSON")
     _add_look(plan)
     plan.set_defaults(command=_plan)
+
+    bench = commands.add_parser(
+        "bench", help="how fast this machine does a run's work; plan reckons with what is measured"
+    )
+    bench.add_argument(
+        "--architecture",
+        metavar="NAME",
+        help=f"measure random weights in place of the run's backbone: {', '.join(ARCHITECTURES)}",
+    )
+    bench.add_argument("--quick", action="store_true", help="measure everything once, on a CPU with small batches")
+    bench.add_argument("--json", action="store_true", help="print JSON")
+    bench.set_defaults(command=_bench)
 
     status = commands.add_parser("status", help="how far a run is")
     status.add_argument("--json", action="store_true", help="print JSON")
@@ -103,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     lock.set_defaults(command=_lock_recipes)
 
-    for command in (plan, status, methods, verify, collect, export):
+    for command in (plan, bench, status, methods, verify, collect, export):
         add_config_arguments(command)
     return parser
 
@@ -237,6 +252,14 @@ def _plan(arguments: argparse.Namespace) -> int:
     recipes = _recipes(arguments)
     plan(recipes, verbose=arguments.verbose, as_json=arguments.json)
     return _tell_changed(recipes) if arguments.look == "deep" else 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from workflow_scripts.operations.bench import bench
+
+    config = read_config(arguments)
+    bench(config, architecture=arguments.architecture, quick=arguments.quick, as_json=arguments.json)
+    return 0
 
 
 def _tell_changed(recipes: Recipes) -> int:

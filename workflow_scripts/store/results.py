@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,27 @@ class Store:
                     f"{path}/{name}: {result.stage} of class {result.class_name} does not match its checksum. {_REMEDY}"
                 )
         return Stored(arrays, record)
+
+    def mapped(self, result: Result, name: str) -> np.ndarray:
+        """Return an array mapped into memory, of which only those parts are read that are looked at.
+
+        Checksums are not compared. Each mapping holds a file open.
+
+        Raises:
+            StoreError: if it is not there, or is damaged.
+        """
+        path = self.path(result) / name
+        try:
+            about = json.loads((path / RECORD).read_text())
+            shape, kind = about["shape"], np.dtype(about["data_type"])
+            chunk = path / ".".join(["c", *("0" for _ in shape)])  # the only one, as commit writes it
+            if chunk.stat().st_size != kind.itemsize * prod(shape):
+                raise ValueError("its size is not that of its shape")
+            return np.memmap(chunk, dtype=kind, mode="r", shape=tuple(shape))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{path}: {result.stage} of class {result.class_name} cannot be read ({error!r}). {_REMEDY}"
+            ) from error
 
     def record(self, result: Result) -> dict[str, Any]:
         """Read a result's record alone.

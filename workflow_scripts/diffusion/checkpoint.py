@@ -56,6 +56,8 @@ class Checkpoint:
         multiple: of a convolutional denoiser, which takes other sizes too: the number that divides every side of its latents.
         vae_path: where the autoencoder is, if not at ``path``.
         licences: of the weights, by part: ``denoiser`` and ``vae``.
+        denoiser_config: the denoiser's arguments in diffusers, as far as they are known.
+        vae_config: the autoencoder's, likewise.
     """
 
     path: Path
@@ -68,6 +70,8 @@ class Checkpoint:
     multiple: int | None = None
     vae_path: Path | None = None
     licences: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(("denoiser", "vae"), OWN))
+    denoiser_config: Mapping[str, Any] = field(default_factory=dict)
+    vae_config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def autoencoder(self) -> Path:
@@ -169,8 +173,7 @@ def _open_directory(path: Path, name: str, cache: Path, vae: str | None) -> Chec
         denoiser=digest([identity[part] for part in files]),
         timesteps=int(schedule.get("num_train_timesteps", TIMESTEPS)),
         labels=read_labels(path, _classes(path, network, config)),
-        side=config.get("sample_size"),
-        channels=config.get("in_channels"),
+        network=config,
         multiple=unet_multiple(config) if network == "unet" else None,
     )
 
@@ -180,10 +183,12 @@ def _open_file(path: Path, cache: Path, vae: str | None) -> Checkpoint:
     note = _facts(content, cache)
     try:
         facts = json.loads(note.read_text())
-    except (OSError, ValueError):
+        network = facts["network"]
+    except (OSError, ValueError, KeyError):
         from workflow_scripts.diffusion.original import describe  # here, because it imports torch
 
         facts = describe(path)
+        network = facts["network"]
         write_atomically(note, json.dumps(facts))
     if facts["vae"] is None and vae is None:
         raise BackboneError(
@@ -196,8 +201,7 @@ def _open_file(path: Path, cache: Path, vae: str | None) -> Checkpoint:
         denoiser=digest([content, facts["denoiser"]]),
         timesteps=TIMESTEPS,
         labels=imagenet_labels(facts["classes"], path),
-        side=facts["side"],
-        channels=facts["channels"],
+        network=network,
         multiple=facts["multiple"],
         own_vae=(digest([content, "vae"]), facts["vae"]),
     )
@@ -211,8 +215,7 @@ def _assemble(
     denoiser: str,
     timesteps: int,
     labels: dict[str, int],
-    side: int | None,
-    channels: int | None,
+    network: Mapping[str, Any],
     multiple: int | None,
     own_vae: tuple[str, dict[str, Any]] | None = None,
 ) -> Checkpoint:
@@ -230,7 +233,7 @@ def _assemble(
                 )
         identity = digest(file_digests(files, cache))
         config = _read_json(files[0], dict)
-    latent = config.get("latent_channels")
+    latent, channels, side = config.get("latent_channels"), network.get("in_channels"), network.get("sample_size")
     if channels and latent and channels != latent:
         raise BackboneError(
             f"{'backbone.vae' if vae else 'backbone.path'}: the autoencoder in {place} has latents of {latent} channels, the "
@@ -248,6 +251,8 @@ def _assemble(
         multiple,
         place if vae else None,
         {"denoiser": licence_of(path), "vae": licence_of(place)},
+        network,
+        config,
     )
 
 

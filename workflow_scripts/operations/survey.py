@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.recipes import CLASS_STAGES, Recipes
+from workflow_scripts.recipes import CLASS_STAGES, Recipes, SampleSet, Training
 from workflow_scripts.stages.publish import report_folder
 from workflow_scripts.store.results import RECORD, Result
 
@@ -26,12 +26,14 @@ class Item:
     Attributes:
         of: class, set or training, for people.
         why: what is different from the nearest result that exists; None if the item itself exists.
+        thing: the item itself; None for a report and a backbone.
     """
 
     job: str
     of: str
     exists: bool
     why: str | None = None
+    thing: Result | SampleSet | Training | None = None
 
 
 @dataclass
@@ -79,17 +81,18 @@ def _items(recipes: Recipes, stage: str, shard: str, neighbours: Neighbours | No
         for result in recipes.stage_results(stage, shard):
             there = recipes.store.exists(result)
             why = None if there or neighbours is None else reason(result, neighbours(recipes.store.path(result).parent))
-            yield result.place, Item(shard, _name(result), there, why)
+            yield result.place, Item(shard, _name(result), there, why, result)
     elif stage == "export":
         for wanted in recipes.sets(shard):
             folder = recipes.set_directory(wanted)
-            yield str(folder), _item(shard, f"{wanted.method} IPC {wanted.ipc} seed {wanted.seed}", folder.exists())
+            of = f"{wanted.method} IPC {wanted.ipc} seed {wanted.seed}"
+            yield str(folder), _item(shard, of, folder.exists(), wanted)
     elif stage == "evaluate":
         for training in recipes.trainings_of(shard):
             path = recipes.training_path(training)
             made = training.set
             of = f"{made.method} IPC {made.ipc} seed {made.seed} {training.architecture.name} repeat {training.repeat}"
-            yield str(path), _item(shard, of, path.exists())
+            yield str(path), _item(shard, of, path.exists(), training)
     elif stage == "report":
         folder = report_folder(recipes.config, recipes.job(stage, shard))
         yield str(folder), _item(shard, recipes.config.run, (folder / "index.html").exists())
@@ -97,8 +100,8 @@ def _items(recipes: Recipes, stage: str, shard: str, neighbours: Neighbours | No
         yield "backbone", _item(shard, "backbone", recipes.backbone.path.exists())
 
 
-def _item(job: str, of: str, exists: bool) -> Item:
-    return Item(job, of, exists, None if exists else "not made yet")
+def _item(job: str, of: str, exists: bool, thing: SampleSet | Training | None = None) -> Item:
+    return Item(job, of, exists, None if exists else "not made yet", thing)
 
 
 def _name(result: Result) -> str:

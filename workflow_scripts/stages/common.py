@@ -58,6 +58,22 @@ def machine_has_gpu() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
+def launcher(gpus: int) -> str:
+    """Return the command that starts a module once for each of ``gpus`` GPUs, or of those of this machine if that has fewer.
+
+    The dashes keep torchrun from taking the module's options for its own.
+    """
+    here = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    count = min(gpus, here or gpus)
+    torchrun = f"python -m torch.distributed.run --standalone --nproc-per-node {count} -m --"
+    return torchrun if count > 1 else "python -m"
+
+
+def process_rank() -> int:
+    """Return this process's number among those that torchrun started for one job, 0 without it."""
+    return int(os.environ.get("RANK", 0))
+
+
 def stage_main(stage: str, doc: str | None, work: Callable[[Recipes, str], Mapping[str, Any]], shards: str) -> None:
     """Run a stage's program: parse the command line, do one job's work, write its manifest.
 
@@ -75,6 +91,8 @@ def stage_main(stage: str, doc: str | None, work: Callable[[Recipes, str], Mappi
         "--manifest", type=Path, help="where the caller expects the manifest; refused if that is not what would be made"
     )
     arguments = parser.parse_args()
+    if arguments.log and process_rank():
+        arguments.log = arguments.log.with_suffix(f".rank{process_rank()}.log")
     terminal = _log_to(arguments.log) if arguments.log else sys.stderr
     try:
         config = read_config(arguments)
@@ -86,7 +104,8 @@ def stage_main(stage: str, doc: str | None, work: Callable[[Recipes, str], Mappi
         _expect(job, config.results, arguments.manifest)
         content = work(recipes, arguments.shard)
         _expect(Recipes(config).job(stage, arguments.shard), config.results, config.results / job.manifest)
-        write_manifest(config.results, job, content)
+        if process_rank() == 0:
+            write_manifest(config.results, job, content)
     except StillhouseError as error:
         for stream in {terminal, sys.stderr}:
             print(f"{stage} {arguments.shard}: {error}", file=stream, flush=True)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from workflow_scripts.errors import StoreError
 from workflow_scripts.store.digests import PREFIX, digest
-from workflow_scripts.store.files import TEMPORARY, explain_full_disk, sync_directory
+from workflow_scripts.store.files import TEMPORARY, explain_full_disk, sync_directory, sync_tree
 
 RECORD = "zarr.json"
 ARRAYS = "arrays.zip"
@@ -116,7 +116,7 @@ class Store:
                 (temporary / RECORD).write_text(
                     json.dumps({"zarr_format": 3, "node_type": "group", "attributes": record})
                 )
-                _sync_tree(temporary)
+                sync_tree(temporary)
                 _rename_unless_there(temporary, final)
                 sync_directory(final.parent)
             except BaseException:
@@ -152,6 +152,27 @@ class Store:
                     f"{path}/{name}: {result.stage} of class {result.class_name} does not match its checksum. {_REMEDY}"
                 )
         return Stored(arrays, record)
+
+    def mapped(self, result: Result, name: str) -> np.ndarray:
+        """Return an array mapped into memory, of which only those parts are read that are looked at.
+
+        Checksums are not compared. Each mapping holds a file open.
+
+        Raises:
+            StoreError: if it is not there, or is damaged.
+        """
+        path = self.path(result) / name
+        try:
+            about = json.loads((path / RECORD).read_text())
+            shape, kind = about["shape"], np.dtype(about["data_type"])
+            chunk = path / ".".join(["c", *("0" for _ in shape)])  # the only one, as commit writes it
+            if chunk.stat().st_size != kind.itemsize * prod(shape):
+                raise ValueError("its size is not that of its shape")
+            return np.memmap(chunk, dtype=kind, mode="r", shape=tuple(shape))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{path}: {result.stage} of class {result.class_name} cannot be read ({error!r}). {_REMEDY}"
+            ) from error
 
     def record(self, result: Result) -> dict[str, Any]:
         """Read a result's record alone.
@@ -202,14 +223,3 @@ def _rename_unless_there(temporary: Path, final: Path) -> None:
             _rename_unless_there(temporary, final)
         else:
             raise
-
-
-def _sync_tree(root: Path) -> None:
-    for directory, _, files in os.walk(root, topdown=False):
-        for name in files:
-            descriptor = os.open(Path(directory, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        sync_directory(Path(directory))

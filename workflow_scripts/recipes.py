@@ -73,6 +73,12 @@ class Training:
     architecture: Architecture
     repeat: int
 
+    @property
+    def name(self) -> str:
+        """What it is called for people."""
+        made = self.set
+        return f"{made.method} IPC {made.ipc} seed {made.seed} {self.architecture.name} repeat {self.repeat}"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -494,7 +500,11 @@ class Recipes:
 
     def training_path(self, training: Training) -> Path:
         """Return the file that holds a training's score."""
-        return self.store.root / "evaluate" / f"{digest(self.training_recipe(training))[:PREFIX]}.json"
+        return self.store.root / f"{self.training_place(training)}.json"
+
+    def training_place(self, training: Training) -> str:
+        """Return what identifies a training below the store's root."""
+        return f"evaluate/{digest(self.training_recipe(training))[:PREFIX]}"
 
     @cached_property
     def _test_fingerprint(self) -> str:

@@ -2,19 +2,19 @@
 
 import sys
 from math import ceil
+from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.enums import RerunTrigger
 
-from workflow_scripts.config import resolve
+from workflow_scripts.config import load_resolved, resolve
 from workflow_scripts.errors import StillhouseError
 from workflow_scripts.recipes import Recipes
-from workflow_scripts.stages.common import machine_has_gpu, write_resolved
+from workflow_scripts.stages.common import machine_has_gpu, resolved_file, write_resolved
 from workflow_scripts.stages.publish import publish
-from workflow_scripts.store.digests import digest
 
 try:
-    RUN = resolve(config)
+    RUN = load_resolved(Path(config["resolved"])) if "resolved" in config else resolve(config)
     PLAN = Recipes(RUN)
     PLAN.check()
     JOBS = PLAN.jobs()
@@ -23,7 +23,7 @@ except StillhouseError as error:
     sys.exit(1)
 
 RESULTS = RUN.results
-RESOLVED = RESULTS / "cache" / "configs" / f"{digest(RUN.canonical())[:16]}.json"
+RESOLVED = resolved_file(RUN)
 
 # The digests in the manifests' paths say what is valid. Snakemake's other triggers compare records in .snakemake with
 # code and input lists, and would start jobs that find nothing to do.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections import Counter
 from importlib.metadata import version
+from pathlib import Path
 
 from workflow_scripts.config import load, read_document
 from workflow_scripts.errors import StillhouseError
@@ -36,8 +38,24 @@ def _parser() -> argparse.ArgumentParser:
     _add_look(plan)
     plan.set_defaults(command=_plan)
 
-    status = commands.add_parser("status", help="how far a run is")
-    status.add_argument("--json", action="store_true", help="print JSON")
+    status = commands.add_parser("status", help="how far a run is, how fast it goes, and which jobs work on it")
+    status.add_argument(
+        "--watch",
+        nargs="?",
+        type=float,
+        const=10.0,
+        metavar="SECONDS",
+        help="look again every so many seconds (default: 10) until the run is finished",
+    )
+    status.add_argument("--json", action="store_true", help="print JSON; with --watch, one line for each look")
+    status.add_argument(
+        "--html",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        metavar="FILE",
+        help="also write a page that reloads itself (default: results/RUN/status.html)",
+    )
     status.set_defaults(command=_status)
 
     methods = commands.add_parser("methods", help="the methods, their papers and their options")
@@ -116,9 +134,14 @@ def _tell_changed(recipes: Recipes) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from workflow_scripts.operations.show import status
+    from workflow_scripts.operations.progress import Progress
+    from workflow_scripts.operations.status import status
 
-    status(_recipes(arguments), as_json=arguments.json)
+    recipes = _recipes(arguments)
+    config = recipes.config
+    page = config.results / config.run / "status.html" if arguments.html == Path() else arguments.html
+    with contextlib.suppress(KeyboardInterrupt):  # the end of watching
+        status(Progress(recipes), every=arguments.watch, as_json=arguments.json, page=page)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""``stillhouse plan`` and ``stillhouse status``: a survey of a run, for people and as JSON."""
+"""``stillhouse plan``: a survey of a run, for people and as JSON."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from workflow_scripts.operations.survey import StageSurvey, survey
 from workflow_scripts.recipes import Recipes
-from workflow_scripts.stages.publish import publish
 
 
 def plan(recipes: Recipes, *, verbose: bool, as_json: bool) -> None:
@@ -49,41 +47,12 @@ def plan(recipes: Recipes, *, verbose: bool, as_json: bool) -> None:
     console.print(f"{jobs} jobs to run." if jobs else "Nothing to run.")
 
 
-def status(recipes: Recipes, *, as_json: bool) -> None:
-    """Print how far a run is, from what exists."""
-    surveys = survey(recipes)
-    if as_json:
-        print(
-            json.dumps(
-                {"run": recipes.config.run, "stages": [_as_dict(stage, items=False) for stage in surveys]}, indent=1
-            )
-        )
-        return
-    console = Console()
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("stage", "done", "of", ""):
-        table.add_column(heading, justify="right" if heading in ("done", "of") else "left")
-    for stage in surveys:
-        done, count = len(stage.items) - len(stage.missing), len(stage.items)
-        full = round(30 * done / max(count, 1))
-        table.add_row(
-            stage.stage,
-            str(done),
-            str(count),
-            Text("█" * full, style="green") + Text("░" * (30 - full), style="grey50"),
-        )
-    console.print(f"Run [bold]{recipes.config.run}[/]")
-    console.print(table)
-    page = publish(recipes.config, recipes.job("report", "report"))
-    console.print(f"Report: {page}" if page else "No report yet.")
-
-
-def _as_dict(stage: StageSurvey, *, items: bool = True) -> dict[str, Any]:
-    counts = {
+def _as_dict(stage: StageSurvey) -> dict[str, Any]:
+    return {
         "stage": stage.stage,
         "valid": len(stage.items) - len(stage.missing),
         "missing": len(stage.missing),
         "jobs": stage.jobs,
         "jobs_to_run": stage.jobs_to_run,
+        "missing_items": [asdict(item) for item in stage.missing],
     }
-    return counts | ({"missing_items": [asdict(item) for item in stage.missing]} if items else {})

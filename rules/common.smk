@@ -9,6 +9,7 @@ from snakemake.settings.enums import RerunTrigger
 
 from workflow_scripts.config import load_resolved, resolve
 from workflow_scripts.errors import StillhouseError
+from workflow_scripts.operations.retry import explain, set_aside
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import machine_has_gpu, resolved_file, write_resolved
 from workflow_scripts.stages.publish import publish
@@ -36,6 +37,8 @@ SUBMITS = workflow.resource_settings.nodes is not None
 HAS_GPU = RUN.compute.device != "cpu" and (SUBMITS or machine_has_gpu())
 if HAS_GPU and not SUBMITS and "gpu" not in workflow.global_resources:
     workflow.global_resources["gpu"] = 1
+
+DEFAULT_RESOURCES = workflow.resource_settings.default_resources or {}
 
 
 wildcard_constraints:
@@ -89,8 +92,11 @@ def get_minutes(stage, minutes, seconds_per_item):
     minutes = int(own["minutes_fixed"].raw) if "minutes_fixed" in own else minutes
     seconds_per_item = int(own["seconds_per_item"].raw) if "seconds_per_item" in own else seconds_per_item
 
+    most = next((int(of["minutes_max"].raw) for of in (own, DEFAULT_RESOURCES) if "minutes_max" in of), None)
+
     def runtime(wildcards, attempt):
-        return ceil((minutes + seconds_per_item * PLAN.job(stage, wildcards.shard).items / 60) * attempt)
+        asked = ceil((minutes + seconds_per_item * PLAN.job(stage, wildcards.shard).items / 60) * attempt)
+        return asked if most is None else min(asked, most)
 
     return runtime
 
@@ -100,6 +106,14 @@ def announce_report():
     page = publish(RUN, PLAN.job("report", "report"))
     if page is not None:
         print(f"\nReport: {page}\n", file=sys.stderr)
+
+
+def announce_failures():
+    """Name what is set aside after too many failures, and what lets it be tried again."""
+    if aside := set_aside(PLAN):
+        print("\nSet aside; all that does not need these was made:", file=sys.stderr)
+        print(*(f"  {explain(one)}" for one in aside), sep="\n", file=sys.stderr)
+        print("`stillhouse retry` lets them be tried again.\n", file=sys.stderr)
 
 
 if workflow.is_main_process:

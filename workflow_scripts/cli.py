@@ -70,6 +70,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_look(verify)
     verify.set_defaults(command=_verify)
 
+    again = commands.add_parser("retry", help="let classes that failed so often that they are set aside be tried again")
+    again.add_argument("classes", nargs="*", metavar="CLASS", help="these classes only")
+    again.set_defaults(command=_retry)
+
+    examine = commands.add_parser(
+        "doctor", help="whether this machine and its cluster are fit for a run, and what to set"
+    )
+    examine.add_argument("--profile", type=Path, default=Path("slurm_profile"), help="Snakemake profile to look at")
+    examine.add_argument("--json", action="store_true", help="print JSON")
+    examine.set_defaults(command=_doctor)
+
     collect = commands.add_parser("gc", help="list what no configured run refers to")
     collect.add_argument("--delete", action="store_true", help="remove it")
     collect.add_argument(
@@ -85,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     lock.set_defaults(command=_lock_recipes)
 
-    for command in (plan, status, methods, verify, collect):
+    for command in (plan, status, methods, verify, again, examine, collect):
         add_config_arguments(command)
     return parser
 
@@ -160,6 +171,23 @@ def _verify(arguments: argparse.Namespace) -> int:
     print("\n".join(found) if found else "Everything that is there is whole.")
     changed = _tell_changed(recipes) if arguments.look == "deep" else 0
     return 1 if found else changed
+
+
+def _retry(arguments: argparse.Namespace) -> int:
+    from workflow_scripts.operations.retry import explain, retry
+
+    for one in (found := retry(_recipes(arguments), arguments.classes)):
+        print(explain(one))
+    print(f"{len(found)} will be tried again: run the same snakemake command." if found else "Nothing has failed.")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from workflow_scripts.operations.doctor import examine, show
+
+    checks = examine(lambda: read_config(arguments), arguments.profile)
+    show(checks, as_json=arguments.json)
+    return 1 if any(check.status == "fail" for check in checks) else 0
 
 
 def _gc(arguments: argparse.Namespace) -> int:

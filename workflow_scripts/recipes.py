@@ -49,7 +49,7 @@ RECIPES = {
 }
 PROTOCOLS = {"hard-sgd": partial(hard_label_settings, "sgd"), "hard-adamw": partial(hard_label_settings, "adamw")}
 CLASS_STAGES = ("encode", "cluster", "invert", "experts", "sample", "match")
-DEVICE_STAGES = ("fit_backbone", "encode", "invert", "experts", "sample", "match", "evaluate")  # those that use a GPU
+GPU_STAGES = ("fit_backbone", "encode", "invert", "experts", "sample", "match", "evaluate")  # those that use a GPU
 # What of a matching method changes how long it takes, or is in the digests of its experts.
 _MATTERS_OF_SPEED: dict[str, Any] = {
     **dict.fromkeys(("summary", "paper", "chunk", "checkpointing", "checkpoint_every", "experts_per_job"), True),
@@ -73,6 +73,12 @@ class Training:
     set: SampleSet
     architecture: Architecture
     repeat: int
+
+    @property
+    def name(self) -> str:
+        """What it is called for people."""
+        made = self.set
+        return f"{made.method} IPC {made.ipc} seed {made.seed} {self.architecture.name} repeat {self.repeat}"
 
 
 @dataclass(frozen=True)
@@ -439,7 +445,11 @@ class Recipes:
 
     def training_path(self, training: Training) -> Path:
         """Return the file that holds a training's score."""
-        return self.store.root / "evaluate" / f"{digest(self.training_recipe(training))[:PREFIX]}.json"
+        return self.store.root / f"{self.training_place(training)}.json"
+
+    def training_place(self, training: Training) -> str:
+        """Return what identifies a training below the store's root."""
+        return f"evaluate/{digest(self.training_recipe(training))[:PREFIX]}"
 
     @cached_property
     def _test_fingerprint(self) -> str:

@@ -56,8 +56,8 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 GresTypes=gpu
-NodeName=DEFAULT NodeHostname=localhost NodeAddr=127.0.0.1 CPUs=64 RealMemory=600000 State=UNKNOWN
-NodeName=wn[1-2] Port=[17001-17002] Gres=gpu:h100:2
+NodeName=DEFAULT CPUs=64 RealMemory=600000 State=UNKNOWN
+NodeName=wn[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[17001-17002] Gres=gpu:h100:2
 PartitionName=gpu Nodes=wn[1-2] Default=YES MaxTime=2-00:00:00 PriorityTier=1 PreemptMode=REQUEUE
 PartitionName=cpu Nodes=wn[1-2] MaxTime=2-00:00:00 PriorityTier=1 PreemptMode=REQUEUE
 PartitionName=urgent Nodes=wn[1-2] MaxTime=2-00:00:00 PriorityTier=10 PreemptMode=OFF

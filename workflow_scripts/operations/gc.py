@@ -11,6 +11,7 @@ from pathlib import Path
 from workflow_scripts.operations.verify import QUARANTINE
 from workflow_scripts.recipes import CLASS_STAGES, Recipes
 from workflow_scripts.stages.publish import report_folder
+from workflow_scripts.store.attempts import Attempts
 from workflow_scripts.store.files import TEMPORARY
 
 LEFTOVER_AGE = 24 * 3600
@@ -18,17 +19,21 @@ LEFTOVER_AGE = 24 * 3600
 
 def referenced(recipes: Recipes) -> Iterator[Path]:
     """Yield every path below the results directory that a run needs."""
-    results = recipes.config.results
+    results, attempts = recipes.config.results, Attempts(recipes.store.root / "attempts")
     for job in recipes.jobs():
         yield results / job.manifest
         if job.stage == "match":
             yield recipes.checkpoint(job.shard)
         if job.stage in CLASS_STAGES:
-            yield from map(recipes.store.path, recipes.stage_results(job.stage, job.shard))
+            for result in recipes.stage_results(job.stage, job.shard):
+                yield recipes.store.path(result)
+                yield attempts.path(result.place)
         elif job.stage == "export":
             yield from map(recipes.set_directory, recipes.sets(job.shard))
         elif job.stage == "evaluate":
-            yield from map(recipes.training_path, recipes.trainings_of(job.shard))
+            for training in recipes.trainings_of(job.shard):
+                yield recipes.training_path(training)
+                yield attempts.path(recipes.training_place(training))
         elif job.stage == "report":
             yield report_folder(recipes.config, job)
         else:
@@ -63,7 +68,15 @@ def size(path: Path) -> int:
 
 def _collectable(results: Path) -> Iterator[Path]:
     store = results / "store"
-    for pattern in ("*.zarr/*/*", "evaluate/*", "backbones/*", "match.checkpoints/*", f"{QUARANTINE}/*"):
+    for pattern in (
+        "*.zarr/*/*",
+        "evaluate/*",
+        "backbones/*",
+        "match.checkpoints/*",
+        f"{QUARANTINE}/*",
+        "attempts/**/*.json",
+        "claims/**/*.json",
+    ):
         yield from sorted(store.glob(pattern))
     for pattern in ("datasets/*", "manifests/*/*", "*/reports/*"):
         yield from sorted(results.glob(pattern))
@@ -71,4 +84,5 @@ def _collectable(results: Path) -> Iterator[Path]:
 
 def _settled(path: Path) -> bool:
     working = path.name.startswith(TEMPORARY) or ".checkpoints" in (path.suffix, path.parent.suffix)
+    working = working or "claims" in path.parts
     return not working or time.time() - path.stat().st_mtime > LEFTOVER_AGE

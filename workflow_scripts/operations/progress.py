@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.operations.queue import Queued, queue
+from workflow_scripts.operations.retry import Aside
 from workflow_scripts.operations.survey import STAGES
 from workflow_scripts.recipes import CLASS_STAGES, Job, Recipes
 from workflow_scripts.stages.notice import UNFINISHED
@@ -42,6 +43,7 @@ class Unit:
     """
 
     stage: str
+    job: str
     name: str
     images: int
 
@@ -123,10 +125,11 @@ class Active:
 
 
 @dataclass(frozen=True)
-class Trouble:
-    """Something that failed and was not made since."""
+class Broken:
+    """A job whose last worker ended in an error, and that has no manifest yet."""
 
-    what: str
+    stage: str
+    shard: str
     error: str
 
 
@@ -149,7 +152,8 @@ class Snapshot:
     stages: list[StageProgress]
     workers: list[Active]
     jobs: list[Queued]
-    troubles: list[Trouble]
+    set_aside: list[Aside]
+    broken: list[Broken]
     gpu_hours: float
     other_hours: float
     planned_gpu_hours: float | None
@@ -256,7 +260,7 @@ class Progress:
         in_hand = {place: owner for place, owner in self._claims(now) if place not in self._there}
         jobs = self._ask()
         at_work = _at_work(workers, set(in_hand.values()), jobs, now)
-        set_aside = {place for place in self._set_aside() if place not in in_hand}
+        set_aside = {aside.place: aside for aside in self._set_aside() if aside.place not in in_hand}
         stages = self._stages(workers, at_work, in_hand, set_aside)
         unmeasured = [stage.stage for stage in stages if stage.missing + stage.running and stage.work_left is None]
         work_left = sum(stage.work_left or 0.0 for stage in stages)
@@ -270,7 +274,8 @@ class Progress:
             stages=stages,
             workers=[self._active(worker, in_hand, now) for worker in at_work],
             jobs=self._queued(jobs or [], workers, at_work),
-            troubles=[*self._failures(set_aside), *self._broken_jobs(workers, at_work)],
+            set_aside=[set_aside[place] for place in sorted(set_aside)],
+            broken=list(self._broken(workers, at_work)),
             gpu_hours=hours[True],
             other_hours=hours[False],
             planned_gpu_hours=self._planned,
@@ -282,21 +287,19 @@ class Progress:
     # ---------------------------------------------------------------- what exists
 
     def _units_of(self, job: Job) -> Iterator[tuple[str, Unit]]:
-        recipes, stage = self._recipes, job.stage
+        recipes, stage, shard = self._recipes, job.stage, job.shard
         if stage in CLASS_STAGES:
-            for result in recipes.stage_results(stage, job.shard):
-                yield result.place, Unit(stage, f"class {result.class_name}", self._images(result))
+            for result in recipes.stage_results(stage, shard):
+                yield result.place, Unit(stage, shard, result.name, self._images(result))
         elif stage == "export":
-            for made in recipes.sets(job.shard):
+            for made in recipes.sets(shard):
                 name = f"{made.method} IPC {made.ipc} seed {made.seed}"
-                yield f"datasets/{recipes.set_directory(made).name}", Unit(stage, name, 0)
+                yield f"datasets/{recipes.set_directory(made).name}", Unit(stage, shard, name, 0)
         elif stage == "evaluate":
-            for training in recipes.trainings_of(job.shard):
-                made = training.set
-                name = f"{training.architecture.name} on {made.method} IPC {made.ipc} seed {made.seed}"
-                yield f"evaluate/{recipes.training_path(training).stem}", Unit(stage, name, 0)
+            for training in recipes.trainings_of(shard):
+                yield recipes.training_place(training), Unit(stage, shard, training.name, 0)
         else:
-            yield stage, Unit(stage, stage, 0)
+            yield stage, Unit(stage, shard, stage, 0)
 
     def _images(self, result: Result) -> int:
         """Count the images that a result takes: those that are encoded or inverted, or those that are made."""
@@ -400,7 +403,7 @@ class Progress:
         workers: Iterable[Worker],
         at_work: Iterable[Worker],
         in_hand: Mapping[str, object],
-        set_aside: set[str],
+        set_aside: Mapping[str, object],
     ) -> list[StageProgress]:
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         left: Counter[str] = Counter()  # images, or items where no images are counted
@@ -445,27 +448,20 @@ class Progress:
 
     # ---------------------------------------------------------------- what failed
 
-    def _set_aside(self) -> set[str]:
-        """Return the places of this run that failed too often to be tried again."""
+    def _set_aside(self) -> Iterator[Aside]:
+        """Yield what failed too often to be tried again; only what failed is looked for, so that this costs little."""
         attempts = Attempts(self._recipes.store.root / "attempts")
-        places = (
-            path.relative_to(attempts.root).as_posix().removesuffix(".json")
-            for path in attempts.root.rglob("[!.]*.json")
-        )
-        limit = self._config.compute.attempts
-        return {
-            place
-            for place in places
-            if place in self._units and place not in self._there and attempts.counted(place) >= limit
-        }
+        for path in attempts.root.rglob("[!.]*.json"):
+            place = path.relative_to(attempts.root).as_posix().removesuffix(".json")
+            unit = self._units.get(place)
+            if unit is None or place in self._there:
+                continue
+            failures = attempts.failures(place)
+            count = sum(failure.counted for failure in failures)
+            if count >= self._config.compute.attempts:
+                yield Aside(unit.stage, unit.job, unit.name, count, failures[-1].error, str(path), place)
 
-    def _failures(self, set_aside: Iterable[str]) -> Iterator[Trouble]:
-        attempts = Attempts(self._recipes.store.root / "attempts")
-        for place in sorted(set_aside):
-            unit = self._units[place]
-            yield Trouble(f"{unit.stage}: {unit.name} is set aside", attempts.failures(place)[-1].error)
-
-    def _broken_jobs(self, workers: list[Worker], at_work: list[Worker]) -> Iterator[Trouble]:
+    def _broken(self, workers: list[Worker], at_work: list[Worker]) -> Iterator[Broken]:
         """Yield the jobs whose last worker ended in an error and that have no manifest."""
         unfinished = {(job.stage, job.shard): job.digest for job in self._jobs if not self._whole(job)}
         last: dict[tuple[str, str], Worker] = {}
@@ -477,7 +473,7 @@ class Progress:
                 continue
             job = f", SLURM job {worker.job}" if worker.job else ""
             error = worker.reason.splitlines()[0] if worker.reason else f"ended without a word on {worker.host}{job}"
-            yield Trouble(f"{stage} {shard}", error)
+            yield Broken(stage, shard, error)
 
 
 def job_name(run: str) -> str:

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from workflow_scripts.operations.retry import explain, set_aside
 from workflow_scripts.operations.survey import StageSurvey, survey
 from workflow_scripts.recipes import Recipes
 
@@ -19,7 +20,9 @@ def plan(recipes: Recipes, *, verbose: bool, as_json: bool) -> None:
     surveys = survey(recipes, explain=True)
     if as_json:
         stages = [_as_dict(stage) for stage in surveys]
-        print(json.dumps({"run": recipes.config.run, "images": recipes.catalog.describe(), "stages": stages}, indent=1))
+        aside = [asdict(one) for one in set_aside(recipes)]
+        told = {"run": recipes.config.run, "images": recipes.catalog.describe(), "stages": stages, "set_aside": aside}
+        print(json.dumps(told, indent=1))
         return
     console = Console()
     table = Table(box=box.SIMPLE_HEAD)
@@ -43,8 +46,16 @@ def plan(recipes: Recipes, *, verbose: bool, as_json: bool) -> None:
         for stage in surveys:
             for item in stage.missing:
                 console.print(f"{stage.stage:12} {item.job:28} {item.of}: {item.why}", highlight=False, soft_wrap=True)
+    _tell_set_aside(console, recipes)
     jobs = sum(stage.jobs_to_run for stage in surveys)
     console.print(f"{jobs} jobs to run." if jobs else "Nothing to run.")
+
+
+def _tell_set_aside(console: Console, recipes: Recipes) -> None:
+    if aside := set_aside(recipes):
+        console.print("[bold red]Set aside[/], until `stillhouse retry`:")
+        for one in aside:
+            console.print(f"  {explain(one)}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _as_dict(stage: StageSurvey) -> dict[str, Any]:

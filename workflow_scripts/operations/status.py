@@ -23,6 +23,7 @@ from workflow_scripts.store.files import write_atomically
 HEADINGS = ("done", "running", "set aside", "missing", "images/s", "time left")
 JOB_HEADINGS = ("SLURM job", "node", "age", "limit in", "made", "what")
 BAR = 24
+RETRY = "What is set aside waits for `stillhouse retry`."
 SHOWN = 24
 """Jobs and troubles that a terminal shows."""
 
@@ -91,10 +92,13 @@ def to_text(snapshot: Snapshot) -> RenderableType:
         if len(rows) > SHOWN:
             jobs.add_row("", "", "", "", "", f"and {len(rows) - SHOWN} more")
         parts.append(jobs)
-    for trouble in snapshot.troubles[:SHOWN]:
-        parts.append(Text.assemble((trouble.what, "red"), ": ", trouble.error))
-    if len(snapshot.troubles) > SHOWN:
-        parts.append(Text(f"and {len(snapshot.troubles) - SHOWN} more troubles", style="red"))
+    troubles = _troubles(snapshot)
+    for what, error in troubles[:SHOWN]:
+        parts.append(Text.assemble((what, "red"), ": ", error))
+    if len(troubles) > SHOWN:
+        parts.append(Text(f"and {len(troubles) - SHOWN} more", style="red"))
+    if snapshot.set_aside:
+        parts.append(Text(RETRY))
     parts.append(Text(f"Report: {snapshot.page}" if snapshot.page else "No report yet."))
     return Group(*parts)
 
@@ -119,6 +123,8 @@ def to_html(snapshot: Snapshot, reload: int) -> str:
         rows=[(stage, _cells(stage)) for stage in snapshot.stages],
         job_headings=JOB_HEADINGS,
         jobs=_job_rows(snapshot),
+        troubles=_troubles(snapshot),
+        remedy=RETRY,
     )
 
 
@@ -178,6 +184,15 @@ def _job_rows(snapshot: Snapshot) -> list[list[str]]:
             ]
         )
     return rows + [_queued_row(job) for job in snapshot.jobs]
+
+
+def _troubles(snapshot: Snapshot) -> list[tuple[str, str]]:
+    """Return what failed and how: results that are set aside, then jobs that ended in an error."""
+    aside = [
+        (f"{one.stage} {one.job}: {one.of} failed {one.failures} times", f"{one.error} (traceback: {one.file})")
+        for one in snapshot.set_aside
+    ]
+    return aside + [(f"{one.stage} {one.shard}", one.error) for one in snapshot.broken]
 
 
 def _queued_row(job: Queued) -> list[str]:

@@ -75,7 +75,7 @@ def _items(recipes: Recipes, stage: str, shard: str, explain: bool) -> Iterator[
         for result in recipes.stage_results(stage, shard):
             there = recipes.store.exists(result)
             why = None if there or not explain else reason(recipes.store, result)
-            yield result.place, Item(shard, _name(result), there, why)
+            yield result.place, Item(shard, result.name, there, why)
     elif stage == "export":
         for wanted in recipes.sets(shard):
             folder = recipes.set_directory(wanted)
@@ -83,9 +83,7 @@ def _items(recipes: Recipes, stage: str, shard: str, explain: bool) -> Iterator[
     elif stage == "evaluate":
         for training in recipes.trainings_of(shard):
             path = recipes.training_path(training)
-            made = training.set
-            of = f"{made.method} IPC {made.ipc} seed {made.seed} {training.architecture.name} repeat {training.repeat}"
-            yield str(path), _item(shard, of, path.exists())
+            yield str(path), _item(shard, training.name, path.exists())
     elif stage == "report":
         folder = report_folder(recipes.config, recipes.job(stage, shard))
         yield str(folder), _item(shard, recipes.config.run, (folder / "index.html").exists())
@@ -95,18 +93,6 @@ def _items(recipes: Recipes, stage: str, shard: str, explain: bool) -> Iterator[
 
 def _item(job: str, of: str, exists: bool) -> Item:
     return Item(job, of, exists, None if exists else "not made yet")
-
-
-def _name(result: Result) -> str:
-    recipe = result.recipe
-    details = (
-        [f"IPC {recipe['ipc']}", f"seed {recipe['seed']}"]
-        if "ipc" in recipe
-        else [f"k {recipe['k']}"]
-        if "k" in recipe
-        else []
-    )
-    return " ".join([result.class_name, *details])
 
 
 def reason(store: Store, result: Result) -> str:

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from workflow_scripts.config import RunConfig, load, load_resolved
 from workflow_scripts.errors import StillhouseError
-from workflow_scripts.recipes import DEVICE_STAGES, PACK, Job, Pack, Recipes
+from workflow_scripts.recipes import GPU_STAGES, PACK, Job, Pack, Recipes
 from workflow_scripts.stages.notice import NOTICE, UNFINISHED, Unfinished
 from workflow_scripts.store.digests import PREFIX, digest
 from workflow_scripts.store.events import Events, slurm_job
@@ -125,7 +125,7 @@ def _told(events: Events, job: Job, config: RunConfig) -> Iterator[None]:
         host=platform.node(),
         pid=os.getpid(),
         job=slurm_job(),
-        gpu=job.stage in DEVICE_STAGES and config.compute.device != "cpu" and sees_gpu(),
+        gpu=job.stage in GPU_STAGES and config.compute.device != "cpu" and sees_gpu(),
         deadline=None if left is None else round(time.time() + left),
     )
     try:

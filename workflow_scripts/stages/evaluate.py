@@ -48,18 +48,13 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
             recipes,
             "evaluate",
             shard,
-            place=lambda training: f"evaluate/{recipes.training_path(training).stem}",
-            name=_name,
+            place=recipes.training_place,
+            name=lambda training: training.name,
             exists=lambda training: recipes.training_path(training).exists(),
             commit=commit,
         )
         loop.run(missing, len(trainings), compute)
     return {"scores": [str(recipes.training_path(t).relative_to(recipes.config.results)) for t in trainings]}
-
-
-def _name(training: Training) -> str:
-    made = training.set
-    return f"{training.architecture.name} on {made.method} IPC {made.ipc} seed {made.seed}, repeat {training.repeat}"
 
 
 def evaluate(

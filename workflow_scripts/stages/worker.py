@@ -96,7 +96,7 @@ def _place(result: Result) -> str:
 
 
 def _name(result: Result) -> str:
-    return f"class {result.class_name}"
+    return f"class {result.name}"
 
 
 class Loop(Generic[T]):
@@ -131,7 +131,7 @@ class Loop(Generic[T]):
         self._events = Events(recipes.config.results, stage, shard, recipes.job(stage, shard).digest[:PREFIX])
         self._longest = 0.0  # seconds that a result was in hand
         self._done = 0
-        self._suspects: deque[T] = deque()  # tried last, and each alone
+        self._suspects: deque[list[T]] = deque()  # tried last, in ever smaller groups
         self._elsewhere: list[T] = []
         self._failed: dict[str, str] = {}  # what to tell of those that cannot be made, by place
         self._before_success: list[str] = []  # places that failed before anything succeeded
@@ -148,16 +148,15 @@ class Loop(Generic[T]):
         """
         self._events.tell("missing", missing=len(missing), total=total)
         with NOTICE.heard(), self._claims, _bar(len(missing), self._title) as bar:
-            fresh: list[T] = []
-            for item in missing:
-                if not self._set_aside(item):
-                    (self._suspects if self._attempts.failures(self._place(item)) else fresh).append(item)
-            waiting = iter(fresh)
-            while self._round(waiting, compute, bar):
-                pass
+            usable = [item for item in missing if not self._set_aside(item)]
+            self._suspects.append([item for item in usable if not self._is_suspect(item)])
+            self._suspects.extend([item] for item in usable if self._is_suspect(item))
             while (self._suspects or self._elsewhere) and not NOTICE.due(self._longest):
                 if self._suspects:
-                    self._round(iter([self._suspects.popleft()]), compute, bar, alone=True)
+                    group = self._suspects.popleft()
+                    waiting = iter(group)
+                    while self._round(waiting, compute, bar, alone=len(group) == 1):
+                        pass
                 else:
                     self._wait(bar)
         left = [item for item in missing if self._place(item) not in self._failed and not self._exists(item)]
@@ -227,7 +226,12 @@ class Loop(Generic[T]):
             elif self._exists(item):  # another worker has made it
                 self._claims.release(place)
                 bar.update()
-            elif isinstance(taken, Left) and not taken.told and self._note_death(item, taken, alone):
+            elif (
+                isinstance(taken, Left)
+                and not taken.told
+                and not self._together
+                and self._note_death(item, taken, alone)
+            ):
                 self._claims.release(place)
             else:
                 yield item
@@ -245,9 +249,7 @@ class Loop(Generic[T]):
         place = self._place(self._elsewhere[0])
         bar.set_postfix_str(f"waiting for {self._name(self._elsewhere[0])}: {self._claims.owner(place)}")
         time.sleep(POLL)
-        for item in self._elsewhere:
-            if not self._set_aside(item):
-                self._suspects.append(item)
+        self._suspects.append([item for item in self._elsewhere if not self._set_aside(item)])
         self._elsewhere = []
 
     # ---------------------------------------------------------------- failures
@@ -274,15 +276,16 @@ class Loop(Generic[T]):
                 if str(error) in self._failed.values():
                     raise error  # the same of two results is the fault of neither
                 self._failed[place] = str(error)
-            else:
-                self._give_up_if_hopeless(place, error, counted)
-                if not self._set_aside(item):
-                    self._suspects.append(item)
+            elif counted:
+                self._give_up_if_hopeless(place, error)
+        again = [item for item in items if self._place(item) not in self._failed and not self._set_aside(item)]
+        half = (len(again) + 1) // 2
+        self._suspects.extend(group for group in (again[:half], again[half:]) if group)
         if _process_is_spoilt(error):
             raise Unfinished(f"the GPU does no more work for this process ({error}); a new one goes on") from error
 
-    def _give_up_if_hopeless(self, place: str, error: Exception, counted: bool) -> None:
-        if counted and self._done == 0 and place not in self._before_success:
+    def _give_up_if_hopeless(self, place: str, error: Exception) -> None:
+        if self._done == 0 and place not in self._before_success:
             self._before_success.append(place)
             if len(self._before_success) == HOPELESS:
                 for spoilt in self._before_success:
@@ -290,15 +293,21 @@ class Loop(Generic[T]):
                 raise error
 
     def _note_death(self, item: T, left: Left, alone: bool) -> bool:
-        """Keep that a worker ended with a result in hand; say whether the result is not to be tried at once."""
+        """Keep that a worker ended with a result in hand; say whether the result has to wait until others are done."""
         reason = f"the worker on {left.owner} ended without a word, with this in hand"
         self._attempts.add(self._place(item), reason, counted=left.alone)
         self._tell_failure(item, reason, left.alone)
         if self._set_aside(item):
             return True
-        if not alone:
-            self._suspects.append(item)
-        return not alone
+        waits = not alone and self._is_suspect(item)
+        if waits:
+            self._suspects.append([item])
+        return waits
+
+    def _is_suspect(self, item: T) -> bool:
+        """Say whether a result is to be tried alone: once a worker may end with it in hand, as nodes fail."""
+        failures = self._attempts.failures(self._place(item))
+        return len(failures) > 1 or any(failure.counted for failure in failures)
 
     def _set_aside(self, item: T) -> bool:
         """Say whether a result has failed too often to be tried again."""

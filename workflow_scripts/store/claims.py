@@ -75,26 +75,23 @@ class Claims:
         content = {**self._mine, "alone": alone, "told": False}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            for _ in range(2):
-                try:
-                    with path.open("x") as file:
-                        file.write(json.dumps(content))
-                    break
-                except FileExistsError:
-                    if (left := self._left(path)) is None:
-                        return False
-                    with contextlib.suppress(FileNotFoundError):  # of two that see this, one may take it from the other
-                        path.rename(path.with_name(f"{TEMPORARY}{path.name}.{uuid.uuid4().hex}"))
-            else:
-                return False
         except OSError:
-            path.unlink(missing_ok=True)
             return True
-        with self._lock:
-            self._held[place] = content
-        for gone in path.parent.glob(f"{TEMPORARY}{path.name}.*"):
-            gone.unlink(missing_ok=True)
-        return left or True
+        for _ in range(2):
+            try:
+                with path.open("x") as file:
+                    file.write(json.dumps(content))
+            except FileExistsError:
+                if (left := self._left(path)) is None:
+                    return False
+                self._remove(path)
+            except OSError:
+                return True
+            else:
+                with self._lock:
+                    self._held[place] = content
+                return left or True
+        return False
 
     def release(self, place: str) -> None:
         """Give a claim back, unless another worker has taken it over."""
@@ -111,6 +108,14 @@ class Claims:
         return self.root / f"{place}.json"
 
     @staticmethod
+    def _remove(path: Path) -> None:
+        """Remove what an owner has left. It is renamed first, so that one of two who see it removes it."""
+        gone = path.with_name(f"{TEMPORARY}{path.name}.{uuid.uuid4().hex}")
+        with contextlib.suppress(OSError):
+            path.rename(gone)
+            gone.unlink()
+
+    @staticmethod
     def _read(path: Path) -> dict[str, Any]:
         try:
             content = json.loads(path.read_text())
@@ -123,8 +128,10 @@ class Claims:
         claim = self._read(path)
         try:
             age = self._now(path.parent) - path.stat().st_mtime
-        except OSError:
+        except FileNotFoundError:
             return Left("nobody", told=True, alone=False)  # given back this moment
+        except OSError:
+            return None
         same_host = claim.get("host") == self._mine["host"]
         same_job = claim.get("job") is not None and claim.get("job") == self._mine["job"]
         gone = (

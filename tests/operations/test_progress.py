@@ -179,7 +179,7 @@ def test_slurm_knows_better(told: Told) -> None:
     assert [worker.job for worker in snapshot.workers] == ["41"], "silent for long, but SLURM says that it runs"
     assert [job.number for job in snapshot.jobs] == ["42", "43"]
     printed = text(snapshot)
-    assert "pending (Resources): sample" in printed and "gpu-17" in printed and "jobs pending: 1" in printed
+    assert "pending (Resources): sample" in printed and "gpu-17" in printed and "other jobs pending: 1" in printed
 
     told.events("encode", "000", **AWAY, job="41")
     assert len(told.look().workers) == 1, "SLURM started the job again; the first process is gone"

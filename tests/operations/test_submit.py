@@ -146,7 +146,7 @@ def test_scattered_classes_are_packed(plan_site, tmp_path: Path) -> None:
     assert packing.shards == 8, "as many jobs as snakemake would start"
     assert packing.stages == ["encode", "cluster", "sample"]
     assert [share.classes for share in packing.shares] == [("bee", "dog", "gnu")], "too little work for two workers"
-    assert [share.seconds for share in pack(recipes, SECONDS, 64, exactly=2).shares] == [300, 500]
+    assert [share.seconds for share in pack(recipes, SECONDS, 64, exactly=2).shares] == [500, 300]
     assert len(pack(recipes, SECONDS, 64, exactly=9).shares) == 3
     assert len(pack(recipes, dict.fromkeys(compact.STAGES, 1800.0), most=2).shares) == 2
     assert "8 missing results of 3 classes, which are in 8 jobs" in compact.describe(packing)
@@ -259,7 +259,7 @@ def test_submission_asks_and_refuses(plan_site, tmp_path: Path) -> None:
     assert asked.returncode == 1 and "jobs to run" in asked.stdout
     assert asked.stderr == "stillhouse: nobody is there to be asked: --yes submits without a question\n"
     nowhere = submit("--yes", "--compact")
-    assert "go to 1 workers" in nowhere.stdout
+    assert "go to 1 worker " in nowhere.stdout
     assert nowhere.stderr.startswith("stillhouse: there is no SLURM here (no sbatch)")
     (site.train / "ant").rename(site.train / "zebu")
     invalid = submit("--yes")

@@ -126,7 +126,8 @@ def describe(packing: Packing) -> str:
     minutes = [share.seconds / 60 for share in packing.shares]
     text = (
         f"{packing.results} missing results of {classes} classes, which are in {packing.shards} jobs of snakemake, go to "
-        f"{len(packing.shares)} workers with {min(minutes):.0f} to {max(minutes):.0f} minutes of work each."
+        f"{len(packing.shares)} worker{'s' if len(packing.shares) > 1 else ''} with {min(minutes):.0f} to {max(minutes):.0f} "
+        "minutes of work each."
     )
     if not packing.results:
         text = "All images are there; one worker writes what is left of the manifests and exports the sets."

@@ -155,14 +155,14 @@ def _figures(snapshot: Snapshot) -> list[tuple[str, str]]:
     waiting = Counter(job.state for job in snapshot.jobs)
     left = "-" if snapshot.seconds_left is None else duration(snapshot.seconds_left)
     if snapshot.unmeasured and snapshot.seconds_left is not None:
-        left += f" and {', '.join(snapshot.unmeasured)}"
+        left += f", without {', '.join(snapshot.unmeasured)}"
     hours = f"{snapshot.gpu_hours:,.2f}"
     if snapshot.planned_gpu_hours is not None:
         hours += f" of {snapshot.planned_gpu_hours:,.2f} planned"
     figures = [("time left", left), ("workers", str(len(snapshot.workers))), ("GPU-hours", hours)]
     if snapshot.other_hours >= 0.005:
         figures.append(("hours without GPU", f"{snapshot.other_hours:,.2f}"))
-    figures += [(f"jobs {state.lower()}", str(count)) for state, count in sorted(waiting.items())]
+    figures += [(f"other jobs {state.lower()}", str(count)) for state, count in sorted(waiting.items())]
     return figures
 
 
@@ -171,8 +171,8 @@ def _job_rows(snapshot: Snapshot) -> list[list[str]]:
     ids = {job.number: job.id for job in snapshot.jobs}
     rows = []
     for worker in snapshot.workers:
-        hand = f": {', '.join(worker.in_hand[:3])}" if worker.in_hand else ""
-        hand += f" and {len(worker.in_hand) - 3} more" if len(worker.in_hand) > 3 else ""
+        hand = f": {worker.in_hand[0]}" if worker.in_hand else ""
+        hand += f" and {len(worker.in_hand) - 1} more" if len(worker.in_hand) > 1 else ""
         rows.append(
             [
                 "-" if worker.job is None else ids.get(worker.job, worker.job),

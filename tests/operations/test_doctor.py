@@ -101,14 +101,14 @@ def test_a_profile_that_asks_for_what_is_not_there(look: Look) -> None:
     found = look(answering(), set__resources={"encode": {"slurm_partition": "gpus"}})
     assert found["profile partitions"].status == "fail"
     assert "gpus: not on this cluster" in found["profile partitions"].found
-    found = look(answering(), set__resources={"sample": {"gpu_model": "h200"}, "invert": {"slurm_partition": "cpu"}})
+    found = look(answering(), set__resources={"sample": {"gpu_model": "h200"}, "invert": {"slurm_partition": "free"}})
     assert "asks for a GPU h200 in partition gpu, which has a100, h100" in found["profile sample"].found
     assert "which has none" in found["profile invert"].found
 
 
 def test_time_limits(look: Look) -> None:
     """The partition cpu has an hour."""
-    found = look(answering(), set__resources={"cluster": {"minutes_fixed": 90}})
+    found = look(answering(), set__resources={"cluster": {"minutes_fixed": 90, "seconds_per_item": 0}})
     assert found["profile cluster"].status == "fail"
     assert "asks for 90 minutes, the partition allows 60" in found["profile cluster"].found
     found = look(answering())

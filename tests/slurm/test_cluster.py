@@ -70,7 +70,7 @@ def test_preemption(place: Place) -> None:
     resumes(place)
     (controller,) = place.controllers
     assert len(controller.submitted()) == 1, "SLURM started the same job again"
-    assert not list((place.results / "store" / "attempts").rglob("*.json")), "a preemption is held against no class"
+    assert not place.events("failed"), "a preemption is held against no class"
 
 
 def resumes(place: Place) -> None:
@@ -91,7 +91,8 @@ def hurried(place: Place) -> bool:
 def test_a_time_limit(place: Place) -> None:
     """A minute is not enough for six classes of six seconds: the worker stops before, and its next attempt has two."""
     place.seconds(6)
-    place.start("--until", "encode", "--set-resources", "encode:runtime=attempt")
+    # An option on the command line replaces all that the profile says of it.
+    place.start("--until", "encode", "--set-resources", "encode:runtime=attempt", "encode:slurm_partition=gpu")
     resumes(place)
     stops = place.events("stop")
     assert stops[-1]["status"] == 0

@@ -54,14 +54,13 @@ class Notice:
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[Notice]:
-        """Take SIGTERM as a notice; the second one ends the process as ever. Does nothing outside the main thread."""
+        """Take SIGTERM as a notice, and further ones too: SLURM's step and srun both send one. Only in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
 
         def note(signum: int, frame: FrameType | None) -> None:
             self.told = True
-            signal.signal(signal.SIGTERM, before)
 
         before = signal.signal(signal.SIGTERM, note)
         try:

@@ -155,7 +155,8 @@ class Loop(Generic[T]):
                 if self._suspects:
                     group = self._suspects.popleft()
                     waiting = iter(group)
-                    while self._round(waiting, compute, bar, alone=len(group) == 1):
+                    alone = len(group) == 1 and self._is_suspect(group[0])
+                    while self._round(waiting, compute, bar, alone=alone):
                         pass
                 else:
                     self._wait(bar)

@@ -2,6 +2,7 @@
 
 The folder that STILLHOUSE_LAB names says what: ``hold/CLASS`` lets the class wait as long as it is there, ``poison/CLASS`` lets
 it fail, ``seconds`` is how long every class takes. A class that begins leaves ``began/CLASS.<pid>``, with its node and GPUs.
+Every stage computes with one thread, as in the run on one machine: sums of floats depend on their number.
 """
 
 import os
@@ -39,6 +40,8 @@ def _controller() -> None:
     Executor.next_seconds_between_status_checks = property(lambda self: 1, lambda self, seconds: None)
 
 
+if LAB and any(argument.startswith("workflow_scripts.stages.") for argument in sys.orig_argv):
+    os.environ["OMP_NUM_THREADS"] = "1"
 if LAB and "workflow_scripts.stages.encode" in sys.orig_argv:
     _encode(Path(LAB))
 elif LAB and "--workflow-profile" in sys.orig_argv:

@@ -8,11 +8,15 @@ import sys
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from workflow_scripts.config import load, read_document
 from workflow_scripts.errors import StillhouseError
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import add_config_arguments, read_config
+
+if TYPE_CHECKING:
+    from workflow_scripts.operations.progress import Progress
 
 
 def main() -> None:
@@ -182,24 +186,29 @@ def _tell_changed(recipes: Recipes) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from workflow_scripts.operations.progress import Progress
     from workflow_scripts.operations.status import status
 
     recipes = _recipes(arguments)
     config = recipes.config
     page = config.results / config.run / "status.html" if arguments.html == Path() else arguments.html
     with contextlib.suppress(KeyboardInterrupt):  # the end of watching
-        status(Progress(recipes), every=arguments.watch, as_json=arguments.json, page=page)
+        status(_progress(recipes), every=arguments.watch, as_json=arguments.json, page=page)
     return 0
+
+
+def _progress(recipes: Recipes) -> Progress:
+    """Look at how far a run is, against the GPU-hours that it was planned to take."""
+    from workflow_scripts.operations.progress import Progress
+
+    return Progress(recipes, planned_gpu_hours=None)
 
 
 def _submit(arguments: argparse.Namespace) -> int:
     from workflow_scripts.operations import compact
-    from workflow_scripts.operations.progress import Progress
     from workflow_scripts.operations.show import plan
     from workflow_scripts.operations.site_profile import Profile
     from workflow_scripts.operations.status import status
-    from workflow_scripts.operations.submit import ask, describe, submit_controller, submit_packing, wait
+    from workflow_scripts.operations.submit import ask, describe, gpus_here, submit_controller, submit_packing, wait
 
     if arguments.compact and arguments.snakemake:
         raise StillhouseError("--compact starts no snakemake that could take further options")
@@ -211,8 +220,9 @@ def _submit(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.compact:
         assert profile is not None
-        seconds = compact.seconds_per_result(Progress(recipes).look(), profile)
-        packing = compact.pack(recipes, seconds, int(profile.setting("jobs") or 64), arguments.workers)
+        seconds = compact.seconds_per_result(_progress(recipes).look(), profile)
+        most = int(profile.setting("jobs") or 64) if cluster == "slurm" else gpus_here() or 1
+        packing = compact.pack(recipes, seconds, most, arguments.workers)
         print(compact.describe(packing))
     if not (arguments.yes or ask("Submit?")):
         return 1
@@ -226,7 +236,7 @@ def _submit(arguments: argparse.Namespace) -> int:
             recipes,
             profile,
             cluster,
-            minutes=arguments.minutes or 24 * 60,
+            minutes=arguments.minutes,
             partition=arguments.partition,
             extra=arguments.snakemake,
         )
@@ -234,7 +244,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     wait(jobs, cluster)
     if arguments.watch:
         with contextlib.suppress(KeyboardInterrupt):
-            status(Progress(recipes), every=10.0, as_json=False, page=None)
+            status(_progress(recipes), every=10.0, as_json=False, page=None)
     return 0
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from workflow_scripts.operations.queue import Queued, queue
 from workflow_scripts.operations.retry import Aside
 from workflow_scripts.operations.survey import STAGES
-from workflow_scripts.recipes import CLASS_STAGES, Job, Recipes
+from workflow_scripts.recipes import CLASS_STAGES, PACK, Job, Recipes
 from workflow_scripts.stages.notice import UNFINISHED
 from workflow_scripts.stages.publish import publish, report_folder
 from workflow_scripts.store.attempts import Attempts
@@ -463,12 +463,14 @@ class Progress:
 
     def _broken(self, workers: list[Worker], at_work: list[Worker]) -> Iterator[Broken]:
         """Yield the jobs whose last worker ended in an error and that have no manifest."""
-        unfinished = {(job.stage, job.shard): job.digest for job in self._jobs if not self._whole(job)}
-        last: dict[tuple[str, str], Worker] = {}
+        unfinished = {job.digest for job in self._jobs if not self._whole(job)}
+        lacking = {unit.stage for place, unit in self._units.items() if place not in self._there}
+        last: dict[tuple[str, str, str], Worker] = {}
         for worker in sorted(workers, key=lambda worker: worker.started):
-            if unfinished.get((worker.stage, worker.shard)) == worker.digest:
-                last[worker.stage, worker.shard] = worker
-        for (stage, shard), worker in sorted(last.items()):
+            packed = worker.shard.rpartition("-")[2] == PACK and worker.stage in lacking
+            if packed or worker.digest in unfinished:
+                last[worker.stage, worker.shard, worker.digest] = worker
+        for (stage, shard, _), worker in sorted(last.items()):
             if worker in at_work or worker.status in (0, UNFINISHED):
                 continue
             job = f", SLURM job {worker.job}" if worker.job else ""

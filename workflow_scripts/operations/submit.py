@@ -20,10 +20,11 @@ from workflow_scripts.operations.progress import job_name
 from workflow_scripts.operations.queue import queue
 from workflow_scripts.operations.site_profile import Profile
 from workflow_scripts.recipes import GPU_STAGES, Recipes
-from workflow_scripts.stages.common import machine_has_gpu, resolved_file, write_resolved
+from workflow_scripts.stages.common import resolved_file, write_resolved
 
 Cluster = Literal["slurm", "local", "debug"]
 CLUSTERS: tuple[Cluster, ...] = ("slurm", "local", "debug")
+DAY = 24 * 60
 NOTICE_SECONDS = 120
 """How long before the time limit, or before it is preempted where SLURM tells so, a job begins to stop."""
 RESTARTS = 10_000
@@ -56,14 +57,14 @@ def submit_controller(
     profile: Profile | None,
     cluster: Cluster,
     *,
-    minutes: int,
+    minutes: int | None = None,
     partition: str | None = None,
     extra: Sequence[str] = (),
 ) -> list[submitit.Job[Any]]:
     """Submit the job that runs Snakemake.
 
     Args:
-        minutes: after so many the job goes on in a new one, if it is not done.
+        minutes: after so many the job goes on in a new one, if it is not done; by default a day, or what the profile allows.
         extra: further arguments for ``snakemake``.
 
     Raises:
@@ -76,9 +77,10 @@ def submit_controller(
     write_resolved(config, resolved_file(config))
     own = ["--workflow-profile", str(profile.path.parent)] if profile is not None else ["--cores", "all"]
     command = [*own, "--config", f"resolved={resolved_file(config)}", *extra]
+    longest = DAY if profile is None else min(DAY, profile.number("controller", "minutes_max", DAY))
     request = Request(
         name=job_name(config.run),
-        minutes=minutes,
+        minutes=minutes or round(longest),
         partition=partition or (None if profile is None else profile.resource("controller", "slurm_partition")),
         **shared(profile, "controller"),
     )
@@ -216,7 +218,7 @@ def _slurm(folder: Path, request: Request) -> submitit.SlurmExecutor:
 
 def _local(folder: Path, request: Request, number: int) -> submitit.LocalExecutor:
     """Return an executor on this machine, without a time limit; each job that asks for a GPU gets the next one."""
-    gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) if machine_has_gpu() else 0
+    gpus = gpus_here()
     executor = submitit.LocalExecutor(folder / "%j", max_num_timeout=RESTARTS)
     one = bool(request.gpu) and gpus > 0
     executor.update_parameters(
@@ -226,6 +228,11 @@ def _local(folder: Path, request: Request, number: int) -> submitit.LocalExecuto
         visible_gpus=(number % gpus,) if one else tuple(range(gpus)),
     )
     return executor
+
+
+def gpus_here() -> int:
+    """Count this machine's GPUs."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def wait(jobs: Sequence[submitit.Job[Any]], cluster: Cluster) -> None:

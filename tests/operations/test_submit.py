@@ -171,24 +171,34 @@ def small(site: support.Site, overrides: Mapping[str, object] | None = None) -> 
     return site.config({"shards": 3, "compare": ["mgd3"], "ipc": [1], "seeds": [0], **(overrides or {})})
 
 
+@pytest.fixture
+def preloaded(programs: support.Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let packs start the stages' programs from a process that has imported the libraries already."""
+
+    def run(self: PackWorker, command: list[str]) -> int | None:
+        assert command[:2] == [sys.executable, "-m"]
+        return programs.stage(command[2].rpartition(".")[2], *command[3:]).wait().code
+
+    monkeypatch.setattr(PackWorker, "run", run)
+
+
 def resolved(config: RunConfig, folder: Path) -> Path:
     (folder / "run.json").write_text(config.canonical())
     return folder / "run.json"
 
 
 def test_packs_make_what_shards_make(
-    site: support.Site, tmp_path: Path, finished: tuple[support.Site, support.Done], monkeypatch: pytest.MonkeyPatch
+    site: support.Site, tmp_path: Path, finished: tuple[support.Site, support.Done], preloaded: None
 ) -> None:
     """Two workers of three classes, one after the other; what is left then is the evaluation."""
-    monkeypatch.setenv("PYTHONPATH", str(support.ROOT))
     config = small(site)
     workers = [PackWorker(resolved(config, tmp_path), classes) for classes in (["ant", "cat"], ["bee"])]
     first, second = send(workers, Request("x", 60), "debug", tmp_path / "logs")
     wait([first], "debug")
     recipes = Recipes(config)
     missing = {job.stage for job in recipes.jobs() if not (config.results / job.manifest).exists()}
-    assert {job.shard for job in finish(recipes)} == set(), "its own shards are finished"
-    assert missing == {"encode", "cluster", "sample", "export", "evaluate", "report"}
+    assert {job.shard for job in finish(recipes)} == set(), "the first worker has done that"
+    assert missing == {"encode", "cluster", "sample", "export", "evaluate", "report"}, "bee is in a shard of its own"
     wait([second], "debug")
     left = [job.stage for job in recipes.jobs() if not (config.results / job.manifest).exists()]
     assert set(left) == {"evaluate", "report"}
@@ -199,8 +209,7 @@ def test_packs_make_what_shards_make(
     assert done.stages() == {"evaluate", "report"} and not done.places
 
 
-def test_a_pack_that_fails_says_what(site: support.Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(support.ROOT))
+def test_a_pack_that_fails_says_what(site: support.Site, tmp_path: Path, preloaded: None) -> None:
     next((site.train / "bee").iterdir()).write_bytes(b"no image")
     config = small(site, {"compare": ["random"]})
     (job,) = send(
@@ -259,7 +268,7 @@ def test_submission_asks_and_refuses(plan_site, tmp_path: Path) -> None:
     assert asked.returncode == 1 and "jobs to run" in asked.stdout
     assert asked.stderr == "stillhouse: nobody is there to be asked: --yes submits without a question\n"
     nowhere = submit("--yes", "--compact")
-    assert "go to 1 worker " in nowhere.stdout
+    assert "go to 2 workers" in nowhere.stdout
     assert nowhere.stderr.startswith("stillhouse: there is no SLURM here (no sbatch)")
     (site.train / "ant").rename(site.train / "zebu")
     invalid = submit("--yes")

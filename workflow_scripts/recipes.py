@@ -7,7 +7,7 @@ the result that its recipe names does not exist.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial, wraps
 from pathlib import Path
@@ -105,6 +105,11 @@ class Job:
         return f"manifests/{self.stage}/{self.shard}.{self.digest[:PREFIX]}.json"
 
 
+def digest_of_set(images: Mapping[str, str]) -> str:
+    """Return the digest of a set, given the digest of each class's images in label order."""
+    return digest({"stage": "export", "recipe": RECIPES["export"], "classes": [list(item) for item in images.items()]})
+
+
 T = TypeVar("T")
 
 
@@ -149,7 +154,8 @@ class Recipes:
         """The backbone: on disk, or one that fit_backbone will make."""
         cache = self.config.results / "cache"
         if self.config.backbone.path is not None:
-            return open_checkpoint(self.config.backbone.path, cache, self.config.backbone.vae)
+            found = open_checkpoint(self.config.backbone.path, cache, self.config.backbone.vae)
+            return found.at(self.config.dataset.resolution)
         identity = self.fit_digest
         path = self.config.results / "store" / "backbones" / identity[:PREFIX]
         labels = {name: index for index, name in enumerate(self.classes)}
@@ -383,13 +389,7 @@ class Recipes:
     @remembered
     def set_digest(self, wanted: SampleSet) -> str:
         """Return the digest of a set: its classes in label order, and what each is made of."""
-        return digest(
-            {
-                "stage": "export",
-                "recipe": RECIPES["export"],
-                "classes": [[name, self.samples(name, wanted).digest] for name in self.classes],
-            }
-        )
+        return digest_of_set({name: self.samples(name, wanted).digest for name in self.classes})
 
     def set_directory(self, wanted: SampleSet) -> Path:
         """Return the folder of a set's exported images."""
@@ -614,7 +614,7 @@ class Recipes:
                     offset_timesteps(self.backbone.timesteps, method.chain.steps)
                 except ValueError as error:
                     raise ConfigError(f"methods.{name}.chain: {error}") from None
-        self._check_shapes()
+        self._check_pools()
         for name in self.classes:
             self.backbone.label_of(name)
             self.catalog.count(name, "test")
@@ -652,20 +652,15 @@ class Recipes:
                 f"spacing {sampler.spacing}; the nearest is {nearest}"
             )
 
-    def _check_shapes(self) -> None:
-        """Refuse images and clustering spaces that do not fit the backbone."""
-        backbone, resolution = self.backbone, self.config.dataset.resolution
-        if backbone.resolution is not None and backbone.resolution != resolution:
-            raise ConfigError(
-                f"dataset.resolution: got {resolution}, but backbone {backbone.path} takes {backbone.resolution} pixels"
-            )
+    def _check_pools(self) -> None:
+        """Refuse clustering spaces that do not fit the backbone."""
         pools = {"cluster": self.config.cluster.pool}
         for name, method in self.config.compared().items():
             if isinstance(prototypes := getattr(method, "prototypes", None), KMeansPrototypes):
                 pools[f"methods.{name}.prototypes"] = prototypes.pool
         for place, pool in pools.items():
-            if backbone.latent_side is not None and backbone.latent_side % pool:
-                side = backbone.latent_side
+            side = self.backbone.latent_side
+            if side is not None and side % pool:
                 raise ConfigError(f"{place}.pool: got {pool}, which does not divide the {side}x{side} latents")
 
 

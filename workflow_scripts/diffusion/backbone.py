@@ -109,10 +109,15 @@ class Denoiser:
     label_table: torch.Tensor | None = None
 
     @classmethod
-    def load(cls, path: Path, device: torch.device, dtype: torch.dtype, *, compiled: bool = False) -> Denoiser:
+    def load(
+        cls, path: Path, device: torch.device, dtype: torch.dtype, *, side: int | None = None, compiled: bool = False
+    ) -> Denoiser:
         """Load ``path/transformer`` (or ``unet`` and its class embedding) and the constants of ``path/scheduler``.
 
         A one-file checkpoint is converted.
+
+        Args:
+            side: of the latents, if not the one that it was trained with; only a U-Net takes another.
         """
         model: Any
         if path.is_file():
@@ -129,7 +134,8 @@ class Denoiser:
                 f"{path / 'scheduler'}: predicts {schedule.config.prediction_type}; only epsilon prediction is supported"
             )
         config = model.config
-        shape = (config.in_channels, config.sample_size, config.sample_size)
+        side = side or config.sample_size
+        shape = (config.in_channels, side, side)
         model = model.to(device).eval().requires_grad_(False)
         table = model.labels.weight[:, None] if isinstance(model, LabelledUNet) else open_label_embeddings(model)
         if compiled:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from workflow_scripts.data.imagenet import class_names
-from workflow_scripts.errors import BackboneError
+from workflow_scripts.errors import BackboneError, ConfigError
 from workflow_scripts.store.digests import PREFIX, digest, file_digests
 from workflow_scripts.store.files import write_atomically
 
@@ -53,6 +53,7 @@ class Checkpoint:
         labels: the label index of every class that the backbone was trained on.
         latent_side: side of the square latents, if known.
         resolution: side in pixels of the square images, if known.
+        multiple: of a convolutional denoiser, which takes other sizes too: the number that divides every side of its latents.
         vae_path: where the autoencoder is, if not at ``path``.
         licences: of the weights, by part: ``denoiser`` and ``vae``.
     """
@@ -64,6 +65,7 @@ class Checkpoint:
     labels: dict[str, int]
     latent_side: int | None = None
     resolution: int | None = None
+    multiple: int | None = None
     vae_path: Path | None = None
     licences: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(("denoiser", "vae"), OWN))
 
@@ -71,6 +73,21 @@ class Checkpoint:
     def autoencoder(self) -> Path:
         """Where the autoencoder is."""
         return self.vae_path or self.path
+
+    def at(self, resolution: int) -> Checkpoint:
+        """Return this backbone for images of another side in pixels; a U-Net at another size counts as another denoiser.
+
+        Raises:
+            ConfigError: if it does not take this size.
+        """
+        if self.resolution is None or self.latent_side is None or self.resolution == resolution:
+            return self
+        factor = self.resolution // self.latent_side
+        side, rest = divmod(resolution, factor)
+        if self.multiple is None or rest or side % self.multiple:
+            sizes = f"multiples of {self.multiple * factor}" if self.multiple else self.resolution
+            raise ConfigError(f"dataset.resolution: got {resolution}, but backbone {self.path} takes {sizes} pixels")
+        return replace(self, denoiser=digest([self.denoiser, side]), latent_side=side, resolution=resolution)
 
     def label_of(self, class_name: str) -> int:
         """Return a class's label index in the backbone."""
@@ -134,12 +151,13 @@ def _open_directory(path: Path, name: str, cache: Path, vae: str | None) -> Chec
         labels=read_labels(path, _classes(path, network, config)),
         side=config.get("sample_size"),
         channels=config.get("in_channels"),
+        multiple=unet_multiple(config) if network == "unet" else None,
     )
 
 
 def _open_file(path: Path, cache: Path, vae: str | None) -> Checkpoint:
     content = digest(file_digests([path], cache / path.name))  # its own folder: two files of one folder share no note
-    note = cache / f"{content[:PREFIX]}.shapes.json"
+    note = cache / f"{content[:PREFIX]}.facts.json"
     try:
         facts = json.loads(note.read_text())
     except (OSError, ValueError):
@@ -160,6 +178,7 @@ def _open_file(path: Path, cache: Path, vae: str | None) -> Checkpoint:
         labels=imagenet_labels(facts["classes"], path),
         side=facts["side"],
         channels=facts["channels"],
+        multiple=facts["multiple"],
         own_vae=(digest([content, "vae"]), facts["vae"]),
     )
 
@@ -174,6 +193,7 @@ def _assemble(
     labels: dict[str, int],
     side: int | None,
     channels: int | None,
+    multiple: int | None,
     own_vae: tuple[str, dict[str, Any]] | None = None,
 ) -> Checkpoint:
     """Add the autoencoder to what is known of a denoiser, and check that they fit."""
@@ -205,6 +225,7 @@ def _assemble(
         labels,
         side,
         side * 2 ** (levels - 1) if side and levels else None,
+        multiple,
         place if vae else None,
         {"denoiser": licence_of(path), "vae": licence_of(place)},
     )
@@ -353,6 +374,11 @@ def imagenet_labels(classes: int | None, path: Path) -> dict[str, int]:
 
 def _synonyms(name: str) -> set[str]:
     return {synonym.strip().casefold() for synonym in str(name).split(",")}
+
+
+def unet_multiple(config: Mapping[str, Any]) -> int:
+    """Return the number that divides every side of latents that a U-Net takes: it halves them between its levels."""
+    return int(2 ** (len(config.get("block_out_channels", ())) - 1))
 
 
 def _classes(path: Path, network: str, config: Mapping[str, Any]) -> int | None:

@@ -32,7 +32,9 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     @cache
     def denoiser() -> Denoiser:
         dtype = getattr(torch, config.compute.dtype)
-        return Denoiser.load(recipes.backbone.path, device, dtype, compiled=config.compute.compile)
+        return Denoiser.load(
+            recipes.backbone.path, device, dtype, side=recipes.backbone.latent_side, compiled=config.compute.compile
+        )
 
     def compute(missing: Iterator[Result]) -> Iterator[Computed]:
         denoiser()

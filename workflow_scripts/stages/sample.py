@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from itertools import groupby, islice
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from workflow_scripts.config import CoresetMethod, DiffusionMethod
+from workflow_scripts.config import Compute, CoresetMethod, DiffusionMethod
 from workflow_scripts.diffusion.backbone import Autoencoder, Denoiser
+from workflow_scripts.diffusion.checkpoint import Checkpoint
 from workflow_scripts.diffusion.noise import batch_noise, stream
 from workflow_scripts.diffusion.sampler import sample
 from workflow_scripts.diffusion.schedule import Grid, respace
@@ -25,6 +27,7 @@ from workflow_scripts.methods.coresets import collage, select
 from workflow_scripts.methods.manifoldgd import shared_latents
 from workflow_scripts.methods.registry import (
     ClassInputs,
+    find_candidate,
     is_greedy,
     is_joint,
     label_schedule_of,
@@ -59,7 +62,7 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     quiet_libraries()
     device = pick_device(config.compute.device)
     order = _ipc_of if is_greedy(method) else None
-    return run_shard(recipes, "sample", shard, synthesis(recipes, name, device), str(device), order=order)
+    return run_shard(recipes, "sample", shard, synthesise(recipes, name, device), str(device), order=order)
 
 
 def choose_real(recipes: Recipes, method: CoresetMethod, result: Result) -> Computed:
@@ -80,44 +83,73 @@ def choose_real(recipes: Recipes, method: CoresetMethod, result: Result) -> Comp
     return result, arrays, {"chosen": [keys[index] for index in chosen]}
 
 
-def synthesis(recipes: Recipes, name: str, device: torch.device) -> Callable[[Iterator[Result]], Iterator[Computed]]:
-    """Return the function that samples the rows of all missing results, batch by batch, and yields each that is complete."""
-    config = recipes.config
-    method = config.methods[name]
+def synthesise(recipes: Recipes, name: str, device: torch.device) -> Callable[[Iterator[Result]], Iterator[Computed]]:
+    """Return a function that generates missing results from what the store has of their classes."""
+    method = recipes.config.methods[name]
     assert isinstance(method, DiffusionMethod)
-    dtype = getattr(torch, config.compute.dtype)
-    batch, decode_batch = Batch(config.compute.sample_batch), Batch(config.compute.encode_batch)
-
-    @cache
-    def networks() -> tuple[Denoiser, Autoencoder]:
-        return (
-            Denoiser.load(recipes.backbone.path, device, dtype, compiled=config.compute.compile),
-            Autoencoder.load(recipes.backbone.autoencoder, device, dtype),
-        )
-
-    def prepare(result: Result, grid: Grid) -> Rows:
-        inputs = class_inputs(recipes, name, result, networks()[0])
-        return prepare_rows(method, inputs, grid, result.recipe["ipc"], result.recipe["seed"], device)
 
     def latents_of(class_name: str) -> torch.Tensor:
         return torch.from_numpy(scaled_latents(recipes, class_name)).to(device).flatten(1)
 
-    fixed = device.type == "cuda" or config.compute.compile
-    pool = latents_of if needs_pool(method) else None
+    return generate(
+        recipes.backbone,
+        method,
+        lambda result, denoiser: class_inputs(recipes, name, result, denoiser),
+        recipes.config.compute,
+        device,
+        latents_of if needs_pool(method) else None,
+    )
 
-    def compute(missing: Iterator[Result]) -> Iterator[Computed]:
+
+def generate(
+    backbone: Checkpoint,
+    method: DiffusionMethod,
+    inputs_of: Callable[[Result, Denoiser], ClassInputs],
+    compute: Compute,
+    device: torch.device,
+    latents_of: Callable[[str], torch.Tensor] | None = None,
+) -> Callable[[Iterable[Result]], Iterator[Computed]]:
+    """Return a function that samples the rows of results, batch by batch, and yields each when its rows are complete.
+
+    The networks are loaded at its first call and serve the later ones.
+
+    Args:
+        inputs_of: what the method needs to know of a result's class.
+        latents_of: see :func:`sample_results`.
+    """
+    dtype = getattr(torch, compute.dtype)
+    batch, decode_batch = Batch(compute.sample_batch), Batch(compute.encode_batch)
+    fixed = device.type == "cuda" or compute.compile
+    candidates: dict[str, int] = {}
+
+    @cache
+    def networks() -> tuple[Denoiser, Autoencoder]:
+        return (
+            Denoiser.load(backbone.path, device, dtype, side=backbone.latent_side, compiled=compute.compile),
+            Autoencoder.load(backbone.autoencoder, device, dtype),
+        )
+
+    def prepare(result: Result, grid: Grid) -> Rows:
+        inputs, ipc, seed = inputs_of(result, networks()[0]), result.recipe["ipc"], result.recipe["seed"]
+        candidate = find_candidate(method, inputs, ipc, seed, device)
+        if candidate is not None:
+            candidates[result.digest] = candidate
+        return prepare_rows(method, replace(inputs, candidate=candidate), grid, ipc, seed, device)
+
+    def generated(results: Iterable[Result]) -> Iterator[Computed]:
         denoiser, autoencoder = networks()
         for result, latents in sample_results(
-            denoiser, method, missing, prepare, batch, fixed_shape=fixed, latents_of=pool
+            denoiser, method, results, prepare, batch, fixed_shape=fixed, latents_of=latents_of
         ):
             if not torch.isfinite(latents).all():
                 raise DataError(
-                    f"class {result.class_name}: {name} diverged to non-finite latents. Lower its guidance scale or cfg_scale."
+                    f"class {result.class_name}: diverged to non-finite latents. Lower the method's guidance scale or cfg_scale."
                 )
             images = np.concatenate(list(decode_batch.over(latents, autoencoder.decode)))
-            yield result, {"images": images, "latents": latents.cpu().numpy()}, {}
+            found = {"candidate": candidates[result.digest]} if result.digest in candidates else {}
+            yield result, {"images": images, "latents": latents.cpu().numpy()}, found
 
-    return compute
+    return generated
 
 
 def class_inputs(recipes: Recipes, name: str, result: Result, denoiser: Denoiser) -> ClassInputs:
@@ -196,12 +228,13 @@ def sample_results(
         cuts = [
             cut for cut in range(1, len(owners)) if not is_joint(method) or owners[cut][0] is not owners[cut - 1][0]
         ]
-        try:
-            return denoise(rows, owners)
-        except torch.OutOfMemoryError:
-            if not cuts:
-                raise
-        batch.shrink(len(owners))
+        if len(owners) <= batch.size or not cuts:
+            try:
+                return denoise(rows, owners)
+            except torch.OutOfMemoryError:
+                if not cuts:
+                    raise
+            batch.shrink(len(owners))
         cut = min(cuts, key=lambda cut: abs(2 * cut - len(owners)))
         halves = [{key: value[half] for key, value in rows.items()} for half in (slice(cut), slice(cut, None))]
         parts = zip(halves, (owners[:cut], owners[cut:]), strict=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 import uuid
@@ -22,7 +21,7 @@ import numpy as np
 
 from workflow_scripts.errors import StoreError
 from workflow_scripts.store.digests import PREFIX, digest
-from workflow_scripts.store.files import TEMPORARY, explain_full_disk, sync_directory
+from workflow_scripts.store.files import TEMPORARY, explain_full_disk, sync_directory, sync_tree
 
 RECORD = "zarr.json"
 
@@ -118,7 +117,7 @@ class Store:
                 (temporary / RECORD).write_text(
                     json.dumps({"zarr_format": 3, "node_type": "group", "attributes": record})
                 )
-                _sync_tree(temporary)
+                sync_tree(temporary)
                 _rename_unless_there(temporary, final)
                 sync_directory(final.parent)
             except BaseException:
@@ -198,14 +197,3 @@ def _rename_unless_there(temporary: Path, final: Path) -> None:
             _rename_unless_there(temporary, final)
         else:
             raise
-
-
-def _sync_tree(root: Path) -> None:
-    for directory, _, files in os.walk(root, topdown=False):
-        for name in files:
-            descriptor = os.open(Path(directory, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        sync_directory(Path(directory))

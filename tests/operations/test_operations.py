@@ -200,12 +200,13 @@ def test_the_console_command(copied: support.Site) -> None:
     assert "Traceback" not in failed.stderr
 
 
-def test_the_console_command_plans_without_torch(copied: support.Site) -> None:
+def test_the_console_command_looks_and_submits_without_torch(copied: support.Site) -> None:
     script = (
         "import sys, runpy\n"
-        f"sys.argv = ['stillhouse', 'plan', '--config', {str(copied.results.parent / 'overlay.yaml')!r}]\n"
-        "try: runpy.run_module('workflow_scripts.cli', run_name='__main__')\n"
-        "except SystemExit as end: assert not end.code, end.code\n"
+        "for command in (['plan'], ['status'], ['submit', '--cluster', 'local', '--compact']):\n"
+        f"    sys.argv = ['stillhouse', *command, '--config', {str(copied.results.parent / 'overlay.yaml')!r}]\n"
+        "    try: runpy.run_module('workflow_scripts.cli', run_name='__main__')\n"
+        "    except SystemExit as end: assert not end.code, end.code\n"
         "heavy = {'torch', 'diffusers', 'sklearn', 'zarr', 'torchvision', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -24,8 +24,7 @@ HEADINGS = ("done", "running", "set aside", "missing", "images/s", "time left")
 JOB_HEADINGS = ("SLURM job", "node", "age", "limit in", "made", "what")
 BAR = 24
 RETRY = "What is set aside waits for `stillhouse retry`."
-SHOWN = 24
-"""Jobs and troubles that a terminal shows."""
+SHOWN = 30
 
 
 def status(progress: Progress, *, every: float | None, as_json: bool, page: Path | None) -> None:
@@ -55,11 +54,12 @@ def status(progress: Progress, *, every: float | None, as_json: bool, page: Path
             time.sleep(every)
             snapshot = look()
     else:
-        with Live(to_text(snapshot), console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        rows = max(3, console.height - len(snapshot.stages) - 14)  # what does not fit cannot be drawn over
+        with Live(to_text(snapshot, rows), console=console, auto_refresh=False) as live:
             while not snapshot.finished:
                 time.sleep(every)
                 snapshot = look()
-                live.update(to_text(snapshot), refresh=True)
+                live.update(to_text(snapshot, rows), refresh=True)
     if page is not None and not as_json:
         console.print(f"Page: {page}", highlight=False, soft_wrap=True)
 
@@ -71,8 +71,8 @@ def to_json(snapshot: Snapshot, indent: int | None = 1) -> str:
     return json.dumps(content, indent=indent)
 
 
-def to_text(snapshot: Snapshot) -> RenderableType:
-    """Lay a snapshot out for a terminal."""
+def to_text(snapshot: Snapshot, shown: int = SHOWN) -> RenderableType:
+    """Lay a snapshot out for a terminal, with so many jobs and a third as many failures at most."""
     stages = Table(box=box.SIMPLE_HEAD)
     stages.add_column("stage")
     stages.add_column("")
@@ -87,16 +87,17 @@ def to_text(snapshot: Snapshot) -> RenderableType:
     ]
     if rows := _job_rows(snapshot):
         jobs = Table(*JOB_HEADINGS, box=box.SIMPLE_HEAD)
-        for row in rows[:SHOWN]:
+        for row in rows[:shown]:
             jobs.add_row(*map(escape, row))
-        if len(rows) > SHOWN:
-            jobs.add_row("", "", "", "", "", f"and {len(rows) - SHOWN} more")
+        if len(rows) > shown:
+            jobs.add_row("", "", "", "", "", f"and {len(rows) - shown} more")
         parts.append(jobs)
     troubles = _troubles(snapshot)
-    for what, error in troubles[:SHOWN]:
+    few = -(-shown // 3)
+    for what, error in troubles[:few]:
         parts.append(Text.assemble((what, "red"), ": ", error))
-    if len(troubles) > SHOWN:
-        parts.append(Text(f"and {len(troubles) - SHOWN} more", style="red"))
+    if len(troubles) > few:
+        parts.append(Text(f"and {len(troubles) - few} more", style="red"))
     if snapshot.set_aside:
         parts.append(Text(RETRY))
     parts.append(Text(f"Report: {snapshot.page}" if snapshot.page else "No report yet."))

@@ -76,7 +76,7 @@ def test_preemption(place: Place) -> None:
 def resumes(place: Place) -> None:
     """Expect that a disturbed run of ``encode`` ends as if nothing had been."""
     controller = place.controllers[-1]
-    place.wait_for(lambda: hurried(place) or controller.process.poll() is not None, "the controller ends")
+    place.wait_for(lambda: hurried(place) or controller.process.poll() is not None, "the controller ends", 900)
     assert controller.wait() == 0, controller.said
     place.expect_undisturbed("encode")
     assert place.computed() == ONCE

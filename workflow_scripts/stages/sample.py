@@ -143,7 +143,7 @@ def generate(
         ):
             if not torch.isfinite(latents).all():
                 raise DataError(
-                    f"class {result.class_name}: diverged to non-finite latents. Lower the method's guidance scale or cfg_scale."
+                    f"class {result.class_name}: its latents are not finite. Lower the method's guidance scale or cfg_scale."
                 )
             images = np.concatenate(list(decode_batch.over(latents, autoencoder.decode)))
             found = {"candidate": candidates[result.digest]} if result.digest in candidates else {}

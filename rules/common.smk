@@ -11,7 +11,7 @@ from workflow_scripts.config import load_resolved, resolve
 from workflow_scripts.errors import StillhouseError
 from workflow_scripts.operations.retry import explain, set_aside
 from workflow_scripts.recipes import Recipes
-from workflow_scripts.stages.common import machine_has_gpu, resolved_file, write_resolved
+from workflow_scripts.stages.common import machine_has_gpu, resolved_path, write_resolved
 from workflow_scripts.stages.publish import publish
 
 try:
@@ -24,7 +24,7 @@ except StillhouseError as error:
     sys.exit(1)
 
 RESULTS = RUN.results
-RESOLVED = resolved_file(RUN)
+RESOLVED = resolved_path(RUN)
 
 # The digests in the manifests' paths say what is valid. Snakemake's other triggers compare records in .snakemake with
 # code and input lists, and would start jobs that find nothing to do.

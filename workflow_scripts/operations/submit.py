@@ -20,7 +20,7 @@ from workflow_scripts.operations.progress import job_name
 from workflow_scripts.operations.queue import queue
 from workflow_scripts.operations.site_profile import Profile
 from workflow_scripts.recipes import GPU_STAGES, Recipes
-from workflow_scripts.stages.common import resolved_file, write_resolved
+from workflow_scripts.stages.common import resolved_path, write_resolved
 
 Cluster = Literal["slurm", "local", "debug"]
 CLUSTERS: tuple[Cluster, ...] = ("slurm", "local", "debug")
@@ -74,9 +74,9 @@ def submit_controller(
     if not Path("Snakefile").is_file():
         raise StillhouseError("there is no Snakefile here: run this command in the directory of the workflow")
     refuse_second(config.run)
-    write_resolved(config, resolved_file(config))
+    write_resolved(config, resolved_path(config))
     own = ["--workflow-profile", str(profile.path.parent)] if profile is not None else ["--cores", "all"]
-    command = [*own, "--config", f"resolved={resolved_file(config)}", *extra]
+    command = [*own, "--config", f"resolved={resolved_path(config)}", *extra]
     longest = DAY if profile is None else min(DAY, profile.number("controller", "minutes_max", DAY))
     request = Request(
         name=job_name(config.run),
@@ -106,7 +106,7 @@ def submit_packing(
     """
     config, stages = recipes.config, packing.stages or ["export"]
     refuse_second(config.run)
-    write_resolved(config, resolved_file(config))
+    write_resolved(config, resolved_path(config))
     gpu = config.compute.device != "cpu" and any(stage in GPU_STAGES for stage in stages)
     leading = next((stage for stage in stages if stage in GPU_STAGES), stages[0])
     asked = sum(profile.number(stage, "minutes_fixed", 10) for stage in stages)
@@ -121,7 +121,7 @@ def submit_packing(
         at_once=int(profile.setting("jobs") or 64),
         **shared(profile, leading),
     )
-    workers = [PackWorker(resolved_file(config), share.classes) for share in packing.shares]
+    workers = [PackWorker(resolved_path(config), share.classes) for share in packing.shares]
     return send(workers, request, cluster, folder_of(recipes))
 
 

@@ -42,8 +42,8 @@ def read_config(arguments: argparse.Namespace) -> RunConfig:
     return load(arguments.config, arguments.run, arguments.set, arguments.configfile)
 
 
-def resolved_file(config: RunConfig) -> Path:
-    """Return where a configuration is kept for ``--resolved``, named after its content."""
+def resolved_path(config: RunConfig) -> Path:
+    """Return where a configuration is kept for ``--resolved``."""
     return config.results / "cache" / "configs" / f"{digest(config.canonical())[:PREFIX]}.json"
 
 

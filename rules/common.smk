@@ -2,11 +2,12 @@
 
 import sys
 from math import ceil
+from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.enums import RerunTrigger
 
-from workflow_scripts.config import resolve
+from workflow_scripts.config import load_resolved, resolve
 from workflow_scripts.errors import StillhouseError
 from workflow_scripts.operations.retry import explain, set_aside
 from workflow_scripts.recipes import Recipes
@@ -14,7 +15,7 @@ from workflow_scripts.stages.common import launcher, machine_has_gpu, resolved_p
 from workflow_scripts.stages.publish import publish
 
 try:
-    RUN = resolve(config)
+    RUN = load_resolved(Path(config["resolved"])) if "resolved" in config else resolve(config)
     PLAN = Recipes(RUN)
     PLAN.check()
     JOBS = PLAN.jobs()

@@ -7,7 +7,7 @@ the result that its recipe names does not exist.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial, wraps
 from pathlib import Path
@@ -49,6 +49,7 @@ RECIPES = {
 }
 PROTOCOLS = {"hard-sgd": partial(hard_label_settings, "sgd"), "hard-adamw": partial(hard_label_settings, "adamw")}
 CLASS_STAGES = ("encode", "cluster", "invert", "experts", "sample", "match")
+GPU_STAGES = ("fit_backbone", "encode", "invert", "experts", "sample", "match", "evaluate")  # those that use a GPU
 # What of a matching method changes how long it takes, or is in the digests of its experts.
 _MATTERS_OF_SPEED: dict[str, Any] = {
     **dict.fromkeys(("summary", "paper", "chunk", "checkpointing", "checkpoint_every", "experts_per_job"), True),
@@ -742,3 +743,25 @@ class Recipes:
             side = self.backbone.latent_side
             if side is not None and side % pool:
                 raise ConfigError(f"{place}.pool: got {pool}, which does not divide the {side}x{side} latents")
+
+
+PACK = "pack"
+
+
+class Pack(Recipes):
+    """Some classes of a run, whichever shards they are in, as one shard that is called ``pack``."""
+
+    def __init__(self, config: RunConfig, classes: Sequence[str]):
+        super().__init__(config)
+        if unknown := sorted(set(classes) - set(self.classes)):
+            raise ConfigError(f"class {unknown[0]}: is not one of the {len(self.classes)} classes of run {config.run}")
+        self._packed = sorted(set(classes))
+
+    @property
+    def shards(self) -> list[str]:
+        """The one shard."""
+        return [PACK]
+
+    def shard_classes(self, shard: str) -> list[str]:
+        """Return the classes that were named."""
+        return self._packed

@@ -1,4 +1,4 @@
-"""``stillhouse plan`` and ``stillhouse status``: a survey of a run, for people and as JSON."""
+"""``stillhouse plan``: a survey of a run, for people and as JSON."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from workflow_scripts.operations.cost import Bill, Cost, cost
 from workflow_scripts.operations.retry import explain, set_aside
 from workflow_scripts.operations.survey import StageSurvey, survey
 from workflow_scripts.recipes import Recipes
-from workflow_scripts.stages.publish import publish
 
 
 def plan(recipes: Recipes, *, verbose: bool, as_json: bool) -> None:
@@ -136,34 +134,6 @@ def _cost_as_dict(costs: Cost) -> dict[str, Any]:
     }
 
 
-def status(recipes: Recipes, *, as_json: bool) -> None:
-    """Print how far a run is, from what exists."""
-    surveys = survey(recipes)
-    if as_json:
-        stages = [_as_dict(stage, items=False) for stage in surveys]
-        aside = [asdict(one) for one in set_aside(recipes)]
-        print(json.dumps({"run": recipes.config.run, "stages": stages, "set_aside": aside}, indent=1))
-        return
-    console = Console()
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("stage", "done", "of", ""):
-        table.add_column(heading, justify="right" if heading in ("done", "of") else "left")
-    for stage in surveys:
-        done, count = len(stage.items) - len(stage.missing), len(stage.items)
-        full = round(30 * done / max(count, 1))
-        table.add_row(
-            stage.stage,
-            str(done),
-            str(count),
-            Text("█" * full, style="green") + Text("░" * (30 - full), style="grey50"),
-        )
-    console.print(f"Run [bold]{recipes.config.run}[/]")
-    console.print(table)
-    _tell_set_aside(console, recipes)
-    page = publish(recipes.config, recipes.job("report", "report"))
-    console.print(f"Report: {page}" if page else "No report yet.")
-
-
 def _tell_set_aside(console: Console, recipes: Recipes) -> None:
     if aside := set_aside(recipes):
         console.print("[bold red]Set aside[/], until `stillhouse retry`:")
@@ -171,13 +141,13 @@ def _tell_set_aside(console: Console, recipes: Recipes) -> None:
             console.print(f"  {explain(one)}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _as_dict(stage: StageSurvey, *, items: bool = True) -> dict[str, Any]:
-    counts = {
+def _as_dict(stage: StageSurvey) -> dict[str, Any]:
+    missing = [{"job": item.job, "of": item.of, "exists": item.exists, "why": item.why} for item in stage.missing]
+    return {
         "stage": stage.stage,
         "valid": len(stage.items) - len(stage.missing),
         "missing": len(stage.missing),
         "jobs": stage.jobs,
         "jobs_to_run": stage.jobs_to_run,
+        "missing_items": missing,
     }
-    missing = [{"job": item.job, "of": item.of, "exists": item.exists, "why": item.why} for item in stage.missing]
-    return counts | ({"missing_items": missing} if items else {})

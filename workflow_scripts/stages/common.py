@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from workflow_scripts.config import RunConfig, load, load_resolved
 from workflow_scripts.errors import StillhouseError
-from workflow_scripts.recipes import Job, Recipes
+from workflow_scripts.recipes import GPU_STAGES, PACK, Job, Pack, Recipes
 from workflow_scripts.stages.notice import NOTICE, UNFINISHED, Unfinished
 from workflow_scripts.store.digests import PREFIX, digest
 from workflow_scripts.store.events import Events, slurm_job
@@ -78,6 +78,11 @@ def process_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def sees_gpu() -> bool:
+    """Say whether this process has a GPU for itself, without importing torch."""
+    return machine_has_gpu() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+
+
 def stage_main(stage: str, doc: str | None, work: Callable[[Recipes, str], Mapping[str, Any]], shards: str) -> None:
     """Run a stage's program: parse the command line, do one job's work, write its manifest.
 
@@ -88,6 +93,12 @@ def stage_main(stage: str, doc: str | None, work: Callable[[Recipes, str], Mappi
     parser = argparse.ArgumentParser(prog=f"python -m workflow_scripts.stages.{stage}", description=doc)
     add_config_arguments(parser)
     parser.add_argument("--shard", required=True, help=f"which job: {shards}")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="CLASS",
+        help=f"classes to work on in place of a shard's, which is called {PACK} then; without a manifest",
+    )
     parser.add_argument(
         "--log", type=Path, help="file for progress and warnings; a failure is still told on standard error"
     )
@@ -106,14 +117,16 @@ def stage_main(stage: str, doc: str | None, work: Callable[[Recipes, str], Mappi
     NOTICE.give(arguments.minutes)
     try:
         config = read_config(arguments)
-        recipes = Recipes(config)
+        recipes = Pack(config, arguments.classes) if arguments.classes else Recipes(config)
         known = recipes.shards_of(stage)
         if arguments.shard not in known:
             raise StillhouseError(f"this run has no such job; it has {', '.join(known[:10]) or 'none of this stage'}")
         job = recipes.job(stage, arguments.shard)
         _expect(job, config.results, arguments.manifest)
-        with _told(Events(config.results, stage, arguments.shard, job.digest[:PREFIX]), job):
+        with _told(Events(config.results, stage, arguments.shard, job.digest[:PREFIX]), job, config):
             content = work(recipes, arguments.shard)
+            if arguments.classes:
+                return
             _expect(Recipes(config).job(stage, arguments.shard), config.results, config.results / job.manifest)
             if process_rank() == 0:
                 write_manifest(config.results, job, content)
@@ -124,11 +137,19 @@ def stage_main(stage: str, doc: str | None, work: Callable[[Recipes, str], Mappi
 
 
 @contextlib.contextmanager
-def _told(events: Events, job: Job) -> Iterator[None]:
+def _told(events: Events, job: Job, config: RunConfig) -> Iterator[None]:
     """Tell the events of a job's begin and end."""
     left = NOTICE.seconds_left()
-    deadline = None if left is None else round(time.time() + left)
-    events.tell("start", digest=job.digest, host=platform.node(), pid=os.getpid(), job=slurm_job(), deadline=deadline)
+    events.tell(
+        "start",
+        run=config.run,
+        digest=job.digest,
+        host=platform.node(),
+        pid=os.getpid(),
+        job=slurm_job(),
+        gpu=job.stage in GPU_STAGES and config.compute.device != "cpu" and sees_gpu(),
+        deadline=None if left is None else round(time.time() + left),
+    )
     try:
         yield
     except BaseException as error:

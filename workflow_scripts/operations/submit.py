@@ -210,6 +210,7 @@ def _slurm(folder: Path, request: Request) -> submitit.SlurmExecutor:
         array_parallelism=request.at_once,
         wckey=None,
         stderr_to_stdout=True,
+        srun_args=["--open-mode=append"],  # a job that is started again keeps what it said before
         additional_parameters=further,
         **{key: value for key, value in optional.items() if value is not None},
     )

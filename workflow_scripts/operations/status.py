@@ -74,8 +74,8 @@ def to_json(snapshot: Snapshot, indent: int | None = 1) -> str:
 def to_text(snapshot: Snapshot, shown: int = SHOWN) -> RenderableType:
     """Lay a snapshot out for a terminal, with so many jobs and a third as many failures at most."""
     stages = Table(box=box.SIMPLE_HEAD)
-    stages.add_column("stage", no_wrap=True, min_width=12)
-    stages.add_column("", no_wrap=True, overflow="crop", ratio=1, max_width=BAR)
+    stages.add_column("stage", no_wrap=True)
+    stages.add_column("")
     for heading in HEADINGS:
         stages.add_column(heading, justify="right", no_wrap=True)
     for stage in snapshot.stages:

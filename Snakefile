@@ -38,3 +38,7 @@ rule all:
 
 onsuccess:
     announce_report()
+
+
+onerror:
+    announce_failures()

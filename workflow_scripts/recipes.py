@@ -7,7 +7,7 @@ the result that its recipe names does not exist.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial, wraps
 from pathlib import Path
@@ -49,6 +49,7 @@ RECIPES = {
 }
 PROTOCOLS = {"hard-sgd": partial(hard_label_settings, "sgd"), "hard-adamw": partial(hard_label_settings, "adamw")}
 CLASS_STAGES = ("encode", "cluster", "invert", "experts", "sample", "match")
+GPU_STAGES = ("fit_backbone", "encode", "invert", "experts", "sample", "match", "evaluate")  # those that use a GPU
 # What of a matching method changes how long it takes, or is in the digests of its experts.
 _MATTERS_OF_SPEED: dict[str, Any] = {
     **dict.fromkeys(("summary", "paper", "chunk", "checkpointing", "checkpoint_every", "experts_per_job"), True),
@@ -72,6 +73,12 @@ class Training:
     set: SampleSet
     architecture: Architecture
     repeat: int
+
+    @property
+    def name(self) -> str:
+        """What it is called for people."""
+        made = self.set
+        return f"{made.method} IPC {made.ipc} seed {made.seed} {self.architecture.name} repeat {self.repeat}"
 
 
 @dataclass(frozen=True)
@@ -494,7 +501,11 @@ class Recipes:
 
     def training_path(self, training: Training) -> Path:
         """Return the file that holds a training's score."""
-        return self.store.root / "evaluate" / f"{digest(self.training_recipe(training))[:PREFIX]}.json"
+        return self.store.root / f"{self.training_place(training)}.json"
+
+    def training_place(self, training: Training) -> str:
+        """Return what identifies a training below the store's root."""
+        return f"evaluate/{digest(self.training_recipe(training))[:PREFIX]}"
 
     @cached_property
     def _test_fingerprint(self) -> str:
@@ -732,3 +743,25 @@ class Recipes:
             side = self.backbone.latent_side
             if side is not None and side % pool:
                 raise ConfigError(f"{place}.pool: got {pool}, which does not divide the {side}x{side} latents")
+
+
+PACK = "pack"
+
+
+class Pack(Recipes):
+    """Some classes of a run, whichever shards they are in, as one shard that is called ``pack``."""
+
+    def __init__(self, config: RunConfig, classes: Sequence[str]):
+        super().__init__(config)
+        if unknown := sorted(set(classes) - set(self.classes)):
+            raise ConfigError(f"class {unknown[0]}: is not one of the {len(self.classes)} classes of run {config.run}")
+        self._packed = sorted(set(classes))
+
+    @property
+    def shards(self) -> list[str]:
+        """The one shard."""
+        return [PACK]
+
+    def shard_classes(self, shard: str) -> list[str]:
+        """Return the classes that were named."""
+        return self._packed

@@ -49,6 +49,14 @@ class Result:
         return digest(self.recipe)
 
     @property
+    def name(self) -> str:
+        """What it is called for people: its class, and what else tells it from the stage's other results of that class."""
+        recipe = self.recipe
+        if "ipc" in recipe:
+            return f"{self.class_name} IPC {recipe['ipc']} seed {recipe['seed']}"
+        return f"{self.class_name} k {recipe['k']}" if "k" in recipe else self.class_name
+
+    @property
     def place(self) -> str:
         """Path below the store's root."""
         return f"{self.stage}.zarr/{self.class_name}/{self.digest[:PREFIX]}"

@@ -15,7 +15,7 @@ from workflow_scripts.recipes import Recipes
 RUNS = {
     name: run
     for name, run in yaml.safe_load((ROOT / "config.yaml").read_text())["runs"].items()
-    if "subset" in run.get("dataset", {})
+    if run.get("dataset", {}).get("subset")
 }
 
 

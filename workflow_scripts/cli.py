@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from workflow_scripts.config import Compute, load, read_document
 from workflow_scripts.data.preprocess import Resample
 from workflow_scripts.errors import StillhouseError
 from workflow_scripts.formats import Format
+from workflow_scripts.operations.flops import ARCHITECTURES
+from workflow_scripts.operations.rehearse import FOLDER, rehearse
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import add_config_arguments, read_config
+
+if TYPE_CHECKING:
+    from workflow_scripts.operations.progress import Progress
 
 
 def main() -> None:
@@ -34,15 +40,82 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version("stillhouse"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    plan = commands.add_parser("plan", help="what of a run is valid, what is missing, and why")
+    plan = commands.add_parser(
+        "plan", help="what of a run is valid, what is missing and why, and what it will cost in hours, bytes and money"
+    )
     plan.add_argument("--verbose", action="store_true", help="name every missing result")
     plan.add_argument("--json", action="store_true", help="print JSON")
     _add_look(plan)
     plan.set_defaults(command=_plan)
 
-    status = commands.add_parser("status", help="how far a run is")
-    status.add_argument("--json", action="store_true", help="print JSON")
+    bench = commands.add_parser(
+        "bench", help="how fast this machine does a run's work; plan reckons with what is measured"
+    )
+    bench.add_argument(
+        "--architecture",
+        metavar="NAME",
+        help=f"measure random weights in place of the run's backbone: {', '.join(ARCHITECTURES)}",
+    )
+    bench.add_argument("--quick", action="store_true", help="measure everything once, on a CPU with small batches")
+    bench.add_argument("--json", action="store_true", help="print JSON")
+    bench.set_defaults(command=_bench)
+
+    status = commands.add_parser("status", help="how far a run is, how fast it goes, and which jobs work on it")
+    status.add_argument(
+        "--watch",
+        nargs="?",
+        type=float,
+        const=10.0,
+        metavar="SECONDS",
+        help="look again every so many seconds (default: 10) until the run is finished",
+    )
+    status.add_argument("--json", action="store_true", help="print JSON; with --watch, one line for each look")
+    status.add_argument(
+        "--html",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        metavar="FILE",
+        help="also write a page that reloads itself (default: results/RUN/status.html)",
+    )
     status.set_defaults(command=_status)
+
+    submit = commands.add_parser(
+        "submit",
+        help="send a run to a cluster: its controller as a small job, or what it misses as one array",
+        description="Show the plan and its cost, ask, and submit the controller (snakemake) as a job of its own, which goes on "
+        "after preemption and time limits.",
+    )
+    submit.add_argument(
+        "--compact",
+        action="store_true",
+        help="in place of the controller, one array of workers over all classes that miss something, whichever shards they "
+        "are in; then snakemake finds only the evaluation and the report left",
+    )
+    submit.add_argument(
+        "--workers", type=int, metavar="N", help="with --compact: how many (default: by the work there is)"
+    )
+    submit.add_argument(
+        "--cluster",
+        choices=("slurm", "local", "debug"),
+        default="slurm",
+        help="local: processes of this machine; debug: this process (default: slurm)",
+    )
+    submit.add_argument(
+        "--profile",
+        type=Path,
+        help="Snakemake profile (default: slurm_profile; the controller on this machine takes none)",
+    )
+    submit.add_argument("--partition", help="for what is submitted now (default: the profile's)")
+    submit.add_argument(
+        "--minutes",
+        type=int,
+        help="time limit, after which it goes on in a new job (default: a day, or by the work there is)",
+    )
+    submit.add_argument("--watch", action="store_true", help="show progress afterwards")
+    submit.add_argument("--yes", action="store_true", help="do not ask")
+    submit.add_argument("snakemake", nargs="*", metavar="-- OPTION", help="after --: further options of snakemake")
+    submit.set_defaults(command=_submit)
 
     methods = commands.add_parser("methods", help="the methods, their papers and their options")
     methods.add_argument("names", nargs="*", metavar="NAME", help="show every option of these methods")
@@ -92,13 +165,28 @@ def _parser() -> argparse.ArgumentParser:
     _add_regenerate(
         commands.add_parser("regenerate", help="keep class Gaussians alone, and make any IPC from them later")
     )
+    trial = commands.add_parser(
+        "rehearse",
+        help="write tiny images and a random backbone, to try the run rehearsal-1k before ImageNet is touched",
+    )
+    trial.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        default=FOLDER,
+        metavar="DIR",
+        help="where to (default: %(default)s, where the run looks by itself)",
+    )
+    trial.add_argument("--classes", type=int, default=1000, help="how many (default: %(default)s)")
+    trial.add_argument("--images", type=int, default=6, help="training images per class (default: %(default)s)")
+    trial.set_defaults(command=_rehearse)
 
     lock = commands.add_parser(
         "lock-recipes", help="for developers: acknowledge the code that each stage's recipe number stands for"
     )
     lock.set_defaults(command=_lock_recipes)
 
-    for command in (plan, status, methods, verify, again, examine, collect, export):
+    for command in (plan, bench, status, submit, methods, verify, again, examine, collect, export):
         add_config_arguments(command)
     return parser
 
@@ -234,6 +322,14 @@ def _plan(arguments: argparse.Namespace) -> int:
     return _tell_changed(recipes) if arguments.look == "deep" else 0
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from workflow_scripts.operations.bench import bench
+
+    config = read_config(arguments)
+    bench(config, architecture=arguments.architecture, quick=arguments.quick, as_json=arguments.json)
+    return 0
+
+
 def _tell_changed(recipes: Recipes) -> int:
     """Name the images whose bytes changed unseen."""
     for place in (changed := recipes.catalog.changed_bytes()):
@@ -244,9 +340,68 @@ def _tell_changed(recipes: Recipes) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from workflow_scripts.operations.show import status
+    from workflow_scripts.operations.status import status
 
-    status(_recipes(arguments), as_json=arguments.json)
+    recipes = _recipes(arguments)
+    config = recipes.config
+    page = config.results / config.run / "status.html" if arguments.html == Path() else arguments.html
+    with contextlib.suppress(KeyboardInterrupt):  # the end of watching
+        status(_progress(recipes), every=arguments.watch, as_json=arguments.json, page=page)
+    return 0
+
+
+def _progress(recipes: Recipes) -> Progress:
+    """Look at how far a run is, against the GPU-hours that it was planned to take."""
+    from workflow_scripts.operations.cost import cost
+    from workflow_scripts.operations.progress import Progress
+    from workflow_scripts.operations.survey import survey
+
+    planned = cost(recipes, survey(recipes))
+    return Progress(recipes, planned_gpu_hours=planned.whole.hours if planned.speeds.on_gpu else None)
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from workflow_scripts.operations import compact
+    from workflow_scripts.operations.show import plan
+    from workflow_scripts.operations.site_profile import Profile
+    from workflow_scripts.operations.status import status
+    from workflow_scripts.operations.submit import ask, describe, gpus_here, submit_controller, submit_packing, wait
+
+    if arguments.compact and arguments.snakemake:
+        raise StillhouseError("--compact starts no snakemake that could take further options")
+    recipes, cluster = _recipes(arguments), arguments.cluster
+    on_cluster = cluster == "slurm" or arguments.compact or arguments.profile is not None
+    profile = Profile.read(arguments.profile or Path("slurm_profile")) if on_cluster else None
+    plan(recipes, verbose=False, as_json=False)
+    if all((recipes.config.results / job.manifest).exists() for job in recipes.jobs()):
+        return 0
+    if arguments.compact:
+        assert profile is not None
+        seconds = compact.seconds_per_result(_progress(recipes).look(), profile)
+        most = int(profile.setting("jobs") or 64) if cluster == "slurm" else gpus_here() or 1
+        packing = compact.pack(recipes, seconds, most, arguments.workers)
+        print(compact.describe(packing))
+    if not (arguments.yes or ask("Submit?")):
+        return 1
+    if arguments.compact:
+        assert profile is not None
+        jobs = submit_packing(
+            recipes, packing, profile, cluster, minutes=arguments.minutes, partition=arguments.partition
+        )
+    else:
+        jobs = submit_controller(
+            recipes,
+            profile,
+            cluster,
+            minutes=arguments.minutes,
+            partition=arguments.partition,
+            extra=arguments.snakemake,
+        )
+    print(describe(jobs, recipes.config.run, cluster), flush=True)
+    wait(jobs, cluster)
+    if arguments.watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            status(_progress(recipes), every=10.0, as_json=False, page=None)
     return 0
 
 
@@ -366,6 +521,14 @@ def _regenerate(arguments: argparse.Namespace) -> int:
         compute=Compute(device=arguments.device, sample_batch=arguments.batch, compile=arguments.compile),
     )
     print(place or f"Part {arguments.part[0]} of {arguments.part[1]} is made. Without --part, the set is written.")
+    return 0
+
+
+def _rehearse(arguments: argparse.Namespace) -> int:
+    options = " ".join(rehearse(arguments.folder, arguments.classes, arguments.images))
+    print(f"{arguments.folder}: {arguments.classes} classes of {arguments.images} images, and a backbone. Go on with")
+    print(f"  stillhouse plan {options}")
+    print(f"  snakemake --cores all {options.replace('--run ', '--config run=')}")
     return 0
 
 

@@ -7,8 +7,8 @@ the result that its recipe names does not exist.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,6 +49,7 @@ RECIPES = {
 }
 PROTOCOLS = {"hard-sgd": partial(hard_label_settings, "sgd"), "hard-adamw": partial(hard_label_settings, "adamw")}
 CLASS_STAGES = ("encode", "cluster", "invert", "experts", "sample", "match")
+GPU_STAGES = ("fit_backbone", "encode", "invert", "experts", "sample", "match", "evaluate")  # those that use a GPU
 # What of a matching method changes how long it takes, or is in the digests of its experts.
 _MATTERS_OF_SPEED: dict[str, Any] = {
     **dict.fromkeys(("summary", "paper", "chunk", "checkpointing", "checkpoint_every", "experts_per_job"), True),
@@ -104,6 +105,27 @@ class Job:
         return f"manifests/{self.stage}/{self.shard}.{self.digest[:PREFIX]}.json"
 
 
+def student_recipe(config: RunConfig, architecture: Architecture, classes: int, epochs: int, seed: int) -> Recipe:
+    """Return the recipe of a run's trainings of an architecture."""
+    settings = config.evaluation
+    own = {key: getattr(settings, key) for key in ("batch_size", "learning_rate", "weight_decay")}
+    return Recipe(
+        architecture=architecture.name,
+        width=architecture.width,
+        resolution=settings.resolution,
+        classes=classes,
+        epochs=epochs,
+        evaluations=settings.evaluations,
+        crop_scale=settings.crop_scale,
+        flip=settings.flip,
+        jitter=(settings.jitter,) * 3,
+        lighting=settings.lighting,
+        cutmix_probability=settings.cutmix,
+        seed=seed,
+        **{**PROTOCOLS[settings.protocol](classes), **{k: v for k, v in own.items() if v is not None}},
+    )
+
+
 def digest_of_set(images: Mapping[str, str]) -> str:
     """Return the digest of a set, given the digest of each class's images in label order."""
     return digest({"stage": "export", "recipe": RECIPES["export"], "classes": [list(item) for item in images.items()]})
@@ -151,45 +173,94 @@ class Recipes:
     @cached_property
     def backbone(self) -> Checkpoint:
         """The backbone: on disk, or one that fit_backbone will make."""
-        cache = self.config.results / "cache"
-        if self.config.backbone.path is not None:
-            found = open_checkpoint(self.config.backbone.path, cache, self.config.backbone.vae)
-            return found.at(self.config.dataset.resolution)
-        identity = self.fit_digest
-        path = self.config.results / "store" / "backbones" / identity[:PREFIX]
-        labels = {name: index for index, name in enumerate(self.classes)}
-        assert self.config.backbone.fit is not None
-        side = self.config.dataset.resolution // 2 ** (len(self.config.backbone.fit.vae.channels) - 1)
+        if self.config.backbone.path is None:
+            return self._fitted
+        return self.pretrained if self.config.backbone.finetune is None else self._finetuned
+
+    @cached_property
+    def pretrained(self) -> Checkpoint:
+        """The backbone at ``backbone.path``."""
+        assert self.config.backbone.path is not None
+        found = open_checkpoint(self.config.backbone.path, self.config.results / "cache", self.config.backbone.vae)
+        return found.at(self.config.dataset.resolution)
+
+    @cached_property
+    def _fitted(self) -> Checkpoint:
+        fit, identity = self.config.backbone.fit, self.fit_digest
+        assert fit is not None
+        side = self.config.dataset.resolution // 2 ** (len(fit.vae.channels) - 1)
         return Checkpoint(
-            path, digest([identity, "vae"]), digest([identity, "transformer"]), TIMESTEPS, labels, latent_side=side
+            self._fit_place,
+            digest([identity, "vae"]),
+            digest([identity, "transformer"]),
+            TIMESTEPS,
+            self._own_labels,
+            latent_side=side,
         )
 
     @cached_property
+    def _finetuned(self) -> Checkpoint:
+        """The pre-trained backbone with another denoiser; what its autoencoder encodes is encoded once for both."""
+        network = {**self.pretrained.denoiser_config, "num_embeds_ada_norm": len(self.classes)}
+        return replace(
+            self.pretrained,
+            path=self._fit_place,
+            denoiser=digest([self.fit_digest, "transformer"]),
+            labels=self._own_labels,
+            vae_path=self.pretrained.autoencoder,
+            denoiser_config=network,
+        )
+
+    @property
+    def _fit_place(self) -> Path:
+        return self.config.results / "store" / "backbones" / self.fit_digest[:PREFIX]
+
+    @property
+    def _own_labels(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.classes)}
+
+    @property
+    def fits(self) -> bool:
+        """Say whether fit_backbone makes this run's denoiser."""
+        return self.config.backbone.fit is not None or self.config.backbone.finetune is not None
+
+    @cached_property
     def fit_digest(self) -> str:
-        """Digest of the backbone that this run fits, over the training images of all its classes."""
+        """Digest of the backbone that this run fits or fine-tunes, on the training images of all its classes."""
+        shared = {"stage": "fit_backbone", "recipe": RECIPES["fit_backbone"]}
+        tune = self.config.backbone.finetune
+        if tune is not None:
+            known = {name: self.pretrained.labels.get(name) for name in self.classes}
+            content = {"denoiser": self.pretrained.denoiser, "labels": list(known.items()), "finetune": tune.identity()}
+            return digest({**shared, **content, "latents": self._latents_of(self.pretrained.vae)})
         assert self.config.backbone.fit is not None
         return digest(
             {
-                "stage": "fit_backbone",
-                "recipe": RECIPES["fit_backbone"],
+                **shared,
                 "images": [[name, self.catalog.fingerprint(name, "train")] for name in self.classes],
                 "preprocessing": self._preprocessing,
                 "fit": self.config.backbone.fit.identity(),
             }
         )
 
+    def _latents_of(self, vae: str) -> str:
+        return digest([[name, self._encoded(name, vae).digest] for name in self.classes])
+
     # ---------------------------------------------------------------- class-level results
 
     @remembered
     def latents(self, class_name: str) -> Result:
         """The VAE posterior of a class's real images: ``mean`` and ``logvar`` (n, c, h, w) fp16, unscaled."""
+        return self._encoded(class_name, self.backbone.vae)
+
+    def _encoded(self, class_name: str, vae: str) -> Result:
         return self._result(
             "encode",
             class_name,
             images=self.catalog.fingerprint(class_name, "train"),
             preprocessing=self._preprocessing,
             flip=self.config.encode.flip,
-            vae=self.backbone.vae,
+            vae=vae,
             dtype=self.config.compute.dtype,
         )
 
@@ -292,7 +363,7 @@ class Recipes:
 
     @cached_property
     def _all_latents(self) -> str:
-        return digest([[name, self.latents(name).digest] for name in self.classes])
+        return self._latents_of(self.backbone.vae)
 
     @remembered
     def experts(self, method: str) -> list[Result]:
@@ -413,23 +484,9 @@ class Recipes:
 
     def student(self, training: Training) -> Recipe:
         """Return the training's recipe: the protocol's published values, overlaid by what is configured."""
-        settings = self.config.evaluation
-        own = {key: getattr(settings, key) for key in ("batch_size", "learning_rate", "weight_decay")}
-        return Recipe(
-            architecture=training.architecture.name,
-            width=training.architecture.width,
-            resolution=settings.resolution,
-            classes=len(self.classes),
-            epochs=self.epochs(training.set.ipc),
-            evaluations=settings.evaluations,
-            crop_scale=settings.crop_scale,
-            flip=settings.flip,
-            jitter=(settings.jitter,) * 3,
-            lighting=settings.lighting,
-            cutmix_probability=settings.cutmix,
-            seed=1000 * training.set.seed + training.repeat,
-            **{**PROTOCOLS[settings.protocol](len(self.classes)), **{k: v for k, v in own.items() if v is not None}},
-        )
+        seed = 1000 * training.set.seed + training.repeat
+        epochs = self.epochs(training.set.ipc)
+        return student_recipe(self.config, training.architecture, len(self.classes), epochs, seed)
 
     def training_recipe(self, training: Training) -> dict[str, Any]:
         """Return everything that determines a training."""
@@ -547,7 +604,7 @@ class Recipes:
                 made.append(self.config.dataset.on_bad_image)
             return made, len(results), self._needs(stage, shard)
         if stage == "fit_backbone":
-            return self.fit_digest, 1, []
+            return self.fit_digest, 1, self._needs(stage, shard)
         if stage == "export":
             sets = self.sets(shard)
             return (
@@ -566,24 +623,36 @@ class Recipes:
         recipes = [digest(self.training_recipe(training)) for cell in cells for training in self.trainings(*cell)]
         shown = self.config.model_dump(
             mode="json",
-            exclude={"results": True, "dataset": {"root", "test_root", "test_labels"}, "backbone": {"path", "vae"}},
+            exclude={
+                "results": True,
+                "dataset": {"root", "test_root", "test_labels"},
+                "backbone": {"path", "vae", "finetune"},
+                "compute": {"gpu", "price_per_gpu_hour"},
+            },
         )
         content = {"recipe": RECIPES["report"], "config": shown, "trainings": recipes}
         return content, len(recipes), [("evaluate", shard) for shard in self.shards_of("evaluate")]
 
     def _needs(self, stage: str, shard: str) -> list[tuple[str, str]]:
-        fit = [("fit_backbone", "backbone")] if self.config.backbone.fit is not None else []
+        tunes = self.config.backbone.finetune is not None
+        fit = [("fit_backbone", "backbone")] if self.fits else []
+        if stage == "fit_backbone":
+            return [("encode", number) for number in self.shards] if tunes else []
         if stage == "encode":
-            return fit
+            return [] if tunes else fit
         if stage == "experts":
             return []
+        # A fitted autoencoder comes before encode; a fine-tuned denoiser comes after it, before what denoises.
+        denoiser = fit if tunes else []
         if stage == "match":
             wanted, _ = self.match_set(shard)
             experts = [("experts", job) for job in self.expert_jobs(wanted.method)]
             shards = self.shards if experts else [shard.rpartition("-")[2]]
-            return [*(("encode", number) for number in shards), *experts]
-        if stage != "sample":
+            return [*(("encode", number) for number in shards), *experts, *denoiser]
+        if stage == "cluster":
             return [("encode", shard)]
+        if stage == "invert":
+            return [("encode", shard), *denoiser]
         name, _, number = shard.rpartition("-")
         method = self.config.methods[name]
         if not isinstance(method, DiffusionMethod):
@@ -591,7 +660,7 @@ class Recipes:
         clustered = method.prototypes is not None or any(isinstance(term, TransportTerm) for term in method.guidance)
         needs = [("cluster", number)] if clustered else []
         needs += [("invert", number)] if isinstance(method.start, GaussianStart) else []
-        return needs or fit
+        return [*needs, *denoiser] or fit
 
     def _evaluate_shards(self, method: str, ipc: int) -> list[str]:
         size = self.config.evaluation.trainings_per_job
@@ -614,6 +683,8 @@ class Recipes:
                 except ValueError as error:
                     raise ConfigError(f"methods.{name}.chain: {error}") from None
         self._check_pools()
+        if self.config.backbone.finetune is not None:
+            self._check_finetune()
         for name in self.classes:
             self.backbone.label_of(name)
             self.catalog.count(name, "test")
@@ -626,6 +697,17 @@ class Recipes:
                     f"class {name}: has {count} training images, fewer than the {most} that {needing} needs at IPC "
                     f"{max(self.config.ipc)}. Add images, leave the class out with dataset.classes, or lower ipc."
                 )
+
+    def _check_finetune(self) -> None:
+        """Refuse to fine-tune what is not a DiT in diffusers format."""
+        path = self.pretrained.path
+        if "num_attention_heads" not in self.pretrained.denoiser_config:
+            raise ConfigError(f"backbone.finetune: {path} has a U-Net; only a DiT can be fine-tuned")
+        if path.is_file():
+            raise ConfigError(
+                f"backbone.finetune: {path} is in its authors' layout, which spaces the timestep's frequencies otherwise than "
+                "diffusers does. Set backbone.path to a directory in diffusers format, such as facebook/DiT-XL-2-256."
+            )
 
     def _images_needed(self, method: CoresetMethod | DiffusionMethod | MatchingMethod) -> int:
         """Return how many real images of a class a method cannot do without."""
@@ -661,3 +743,25 @@ class Recipes:
             side = self.backbone.latent_side
             if side is not None and side % pool:
                 raise ConfigError(f"{place}.pool: got {pool}, which does not divide the {side}x{side} latents")
+
+
+PACK = "pack"
+
+
+class Pack(Recipes):
+    """Some classes of a run, whichever shards they are in, as one shard that is called ``pack``."""
+
+    def __init__(self, config: RunConfig, classes: Sequence[str]):
+        super().__init__(config)
+        if unknown := sorted(set(classes) - set(self.classes)):
+            raise ConfigError(f"class {unknown[0]}: is not one of the {len(self.classes)} classes of run {config.run}")
+        self._packed = sorted(set(classes))
+
+    @property
+    def shards(self) -> list[str]:
+        """The one shard."""
+        return [PACK]
+
+    def shard_classes(self, shard: str) -> list[str]:
+        """Return the classes that were named."""
+        return self._packed

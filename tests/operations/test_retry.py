@@ -6,7 +6,9 @@ import pytest
 import support
 
 from workflow_scripts.operations import gc, show
+from workflow_scripts.operations.progress import Progress
 from workflow_scripts.operations.retry import retry, set_aside
+from workflow_scripts.operations.status import status
 from workflow_scripts.recipes import Recipes, SampleSet
 from workflow_scripts.store.attempts import Attempts
 
@@ -15,6 +17,10 @@ def fail(recipes: Recipes, place: str, times: int = 3) -> None:
     attempts = Attempts(recipes.store.root / "attempts")
     for _ in range(times):
         attempts.add(place, ArithmeticError("no dog"), counted=True)
+
+
+def tell_status(recipes: Recipes, as_json: bool) -> None:
+    status(Progress(recipes, ask=lambda: None), every=None, as_json=as_json, page=None)
 
 
 @pytest.fixture
@@ -35,7 +41,7 @@ def test_what_is_set_aside_is_told(recipes: Recipes, capsys: pytest.CaptureFixtu
         ("evaluate", "dit IPC 1 seed 0 convnet repeat 0"),
     }
     assert found["encode", "bee"].error == "ArithmeticError: no dog"
-    for tell in (show.status, lambda recipes, as_json: show.plan(recipes, verbose=False, as_json=as_json)):
+    for tell in (tell_status, lambda recipes, as_json: show.plan(recipes, verbose=False, as_json=as_json)):
         tell(recipes, as_json=False)
         printed = capsys.readouterr().out
         assert "stillhouse retry" in printed

@@ -17,7 +17,7 @@ import yaml
 
 from workflow_scripts.data.imagenet import class_names
 from workflow_scripts.errors import BackboneError, ConfigError
-from workflow_scripts.store.digests import PREFIX, digest, file_digests
+from workflow_scripts.store.digests import PREFIX, digest, file_digests, note_on
 from workflow_scripts.store.files import write_atomically
 
 LABELS = "labels.json"
@@ -56,6 +56,8 @@ class Checkpoint:
         multiple: of a convolutional denoiser, which takes other sizes too: the number that divides every side of its latents.
         vae_path: where the autoencoder is, if not at ``path``.
         licences: of the weights, by part: ``denoiser`` and ``vae``.
+        denoiser_config: the denoiser's arguments in diffusers, as far as they are known.
+        vae_config: the autoencoder's, likewise.
     """
 
     path: Path
@@ -68,6 +70,8 @@ class Checkpoint:
     multiple: int | None = None
     vae_path: Path | None = None
     licences: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(("denoiser", "vae"), OWN))
+    denoiser_config: Mapping[str, Any] = field(default_factory=dict)
+    vae_config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def autoencoder(self) -> Path:
@@ -125,6 +129,26 @@ def open_checkpoint(name: str, cache: Path, vae: str | None = None) -> Checkpoin
     return _open_file(path, cache, vae) if path.is_file() else _open_directory(path, name, cache, vae)
 
 
+def notes_of(checkpoint: Checkpoint, cache: Path) -> list[Path]:
+    """Return the files in ``cache`` that hold, or would hold, what is remembered of a backbone."""
+    path = checkpoint.path
+    if not path.exists():
+        return []
+    own = vae_folder(checkpoint.autoencoder)
+    if path.is_dir():
+        folders = [path, path / denoiser_of(path), path / "scheduler", own]
+        return [note_on(folder, cache) for folder in folders]
+    return [note_on(path.parent, cache / path.name), _facts(_content(path, cache), cache), note_on(own, cache)]
+
+
+def _content(path: Path, cache: Path) -> str:
+    return digest(file_digests([path], cache / path.name))  # its own folder: two files of one folder share no note
+
+
+def _facts(content: str, cache: Path) -> Path:
+    return cache / f"{content[:PREFIX]}.facts.json"
+
+
 def _open_directory(path: Path, name: str, cache: Path, vae: str | None) -> Checkpoint:
     network = denoiser_of(path)
     parts = {network: ["config.json", weights_of(path / network)], "scheduler": ["scheduler_config.json"]}
@@ -149,21 +173,22 @@ def _open_directory(path: Path, name: str, cache: Path, vae: str | None) -> Chec
         denoiser=digest([identity[part] for part in files]),
         timesteps=int(schedule.get("num_train_timesteps", TIMESTEPS)),
         labels=read_labels(path, _classes(path, network, config)),
-        side=config.get("sample_size"),
-        channels=config.get("in_channels"),
+        network=config,
         multiple=unet_multiple(config) if network == "unet" else None,
     )
 
 
 def _open_file(path: Path, cache: Path, vae: str | None) -> Checkpoint:
-    content = digest(file_digests([path], cache / path.name))  # its own folder: two files of one folder share no note
-    note = cache / f"{content[:PREFIX]}.facts.json"
+    content = _content(path, cache)
+    note = _facts(content, cache)
     try:
         facts = json.loads(note.read_text())
-    except (OSError, ValueError):
+        network = facts["network"]
+    except (OSError, ValueError, KeyError):
         from workflow_scripts.diffusion.original import describe  # here, because it imports torch
 
         facts = describe(path)
+        network = facts["network"]
         write_atomically(note, json.dumps(facts))
     if facts["vae"] is None and vae is None:
         raise BackboneError(
@@ -176,8 +201,7 @@ def _open_file(path: Path, cache: Path, vae: str | None) -> Checkpoint:
         denoiser=digest([content, facts["denoiser"]]),
         timesteps=TIMESTEPS,
         labels=imagenet_labels(facts["classes"], path),
-        side=facts["side"],
-        channels=facts["channels"],
+        network=network,
         multiple=facts["multiple"],
         own_vae=(digest([content, "vae"]), facts["vae"]),
     )
@@ -191,8 +215,7 @@ def _assemble(
     denoiser: str,
     timesteps: int,
     labels: dict[str, int],
-    side: int | None,
-    channels: int | None,
+    network: Mapping[str, Any],
     multiple: int | None,
     own_vae: tuple[str, dict[str, Any]] | None = None,
 ) -> Checkpoint:
@@ -210,7 +233,7 @@ def _assemble(
                 )
         identity = digest(file_digests(files, cache))
         config = _read_json(files[0], dict)
-    latent = config.get("latent_channels")
+    latent, channels, side = config.get("latent_channels"), network.get("in_channels"), network.get("sample_size")
     if channels and latent and channels != latent:
         raise BackboneError(
             f"{'backbone.vae' if vae else 'backbone.path'}: the autoencoder in {place} has latents of {latent} channels, the "
@@ -228,6 +251,8 @@ def _assemble(
         multiple,
         place if vae else None,
         {"denoiser": licence_of(path), "vae": licence_of(place)},
+        network,
+        config,
     )
 
 

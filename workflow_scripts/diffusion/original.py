@@ -108,8 +108,8 @@ def describe(path: Path) -> dict[str, Any]:
     """Return what a planner must know of a checkpoint.
 
     Returns:
-        ``denoiser``: ``transformer`` or ``unet``; ``side`` and ``channels`` of its latents; ``classes`` without the null
-        class; ``multiple`` as in Checkpoint; and ``vae``: the configuration of its autoencoder, if it has one.
+        ``denoiser``: ``transformer`` or ``unet``; ``network``: its arguments in diffusers; ``classes`` without the null
+        class; ``multiple`` as in Checkpoint; and ``vae``: the arguments of its autoencoder, if it has one.
     """
     state = read_state(path)
     try:
@@ -123,8 +123,7 @@ def describe(path: Path) -> dict[str, Any]:
         raise BackboneError(f"{path}: tensors are missing from it ({error})") from error
     return {
         "denoiser": "unet" if multiple else "transformer",
-        "side": config["sample_size"],
-        "channels": config["in_channels"],
+        "network": config,
         "multiple": multiple,
         "classes": classes,
         "vae": vae,

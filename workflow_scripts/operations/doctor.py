@@ -20,7 +20,7 @@ from rich.console import Console
 
 from workflow_scripts.config import RunConfig
 from workflow_scripts.errors import StillhouseError
-from workflow_scripts.recipes import Recipes
+from workflow_scripts.recipes import GPU_STAGES, Recipes
 from workflow_scripts.stages.common import machine_has_gpu
 from workflow_scripts.stages.notice import parse_seconds
 from workflow_scripts.store.files import write_atomically
@@ -28,7 +28,6 @@ from workflow_scripts.store.files import write_atomically
 Status = Literal["ok", "warn", "fail"]
 Ask = Callable[..., tuple[int, str]]
 """Runs a command and returns its exit status and what it said; 127 if there is no such command."""
-GPU_STAGES = ("fit_backbone", "encode", "invert", "experts", "sample", "match", "evaluate")
 PYTHONS = ((3, 11), (3, 13))
 # MinJobAge has to be this many times the seconds between two looks of Snakemake at its jobs, or it takes sacct after all.
 AGES = 3

@@ -29,7 +29,7 @@ from workflow_scripts.formats.card import Description
 from workflow_scripts.formats.writers import ImageSet, write
 from workflow_scripts.operations.export import origin
 from workflow_scripts.recipes import RECIPES, Recipes, digest_of_set
-from workflow_scripts.stages.worker import environment, pick_device, progress
+from workflow_scripts.stages.worker import environment, pick_device, progress, quiet_libraries
 from workflow_scripts.store.files import write_atomically
 from workflow_scripts.store.results import Result, Store
 
@@ -352,6 +352,7 @@ def _sample(
     from workflow_scripts.methods.registry import ClassInputs
     from workflow_scripts.stages.sample import generate
 
+    quiet_libraries()
     device = pick_device(compute.device)
     ipc, seed = missing[0].recipe["ipc"], missing[0].recipe["seed"]
     place = {name: index for index, name in enumerate(packed.classes)}

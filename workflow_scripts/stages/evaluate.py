@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from workflow_scripts.data.imagenet import order_difference, titled
 from workflow_scripts.data.preprocess import load_labelled
 from workflow_scripts.data.sources import BadImage, ImageFolder, Source, Split
 from workflow_scripts.errors import DataError
@@ -86,7 +87,11 @@ def evaluate(
 
 
 def load_set(recipes: Recipes, wanted: SampleSet) -> Labelled:
-    """Read an exported set, after checking that it is the one that is meant and that its class order is the run's."""
+    """Read an exported set, after checking that it is the one that is meant and that its class order is the run's.
+
+    Raises:
+        DataError: naming the first class that is another one, or the classes that have too few or too many images.
+    """
     folder = recipes.set_directory(wanted)
     try:
         card = json.loads((folder / CARD).read_text())
@@ -94,17 +99,19 @@ def load_set(recipes: Recipes, wanted: SampleSet) -> Labelled:
         raise DataError(
             f"{folder / CARD}: cannot be read ({error}). Run `stillhouse verify`, then the same command again."
         ) from None
-    if card["digest"] != recipes.set_digest(wanted) or card["classes"] != recipes.classes:
+    remedy = "Run `stillhouse verify`, which sets the folder aside, then the same command again."
+    if (difference := order_difference(recipes.classes, card["classes"])) is not None:
+        raise DataError(f"{folder / CARD}: has the classes in another order than this run: {difference}. {remedy}")
+    if card["digest"] != recipes.set_digest(wanted):
+        raise DataError(f"{folder / CARD}: is of another set than this run's. {remedy}")
+    source = ImageFolder(folder, folder)
+    counts = {name: len(source.entries(name, "train")) for name in recipes.classes}
+    if wrong := [f"{titled(name)} has {count}" for name, count in counts.items() if count != wanted.ipc]:
+        more = f", and {len(wrong) - 5} more classes" if wrong[5:] else ""
         raise DataError(
-            f"{folder}: holds another set or another class order than this run's. Delete the folder and run again."
+            f"{folder}: should hold {wanted.ipc} images of each class, but {', '.join(wrong[:5])}{more}. {remedy}"
         )
-    images, labels = _read(recipes, ImageFolder(folder, folder), "train")
-    if len(images) != wanted.ipc * len(recipes.classes):
-        raise DataError(
-            f"{folder}: holds {len(images)} images, not {wanted.ipc} for each of {len(recipes.classes)} classes. "
-            "Delete the folder and run again."
-        )
-    return images, labels
+    return _read(recipes, source, "train")
 
 
 def load_test(recipes: Recipes, skipped: list[BadImage]) -> Labelled:

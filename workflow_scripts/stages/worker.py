@@ -79,7 +79,7 @@ def run_shard(
 
         def commit(made: Computed, seconds: float) -> None:
             result, arrays, extra = made
-            recipes.store.commit(result, arrays, {**info, "seconds": seconds, **extra})
+            recipes.store.commit(result, arrays, {**info, **_identity(recipes, result), "seconds": seconds, **extra})
 
         loop = Loop(recipes, stage, shard, _place, _name, recipes.store.exists, commit, together=together)
         loop.run(missing, len(results), compute)
@@ -335,6 +335,12 @@ class Loop(Generic[T]):
 def _process_is_spoilt(error: BaseException) -> bool:
     """Say whether an error leaves CUDA unusable for the rest of the process, as an illegal access or an assertion does."""
     return type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
+
+
+def _identity(recipes: Recipes, result: Result) -> dict[str, Any]:
+    """Return which class a result is of, and its label in the backbone; experts are of no class."""
+    name = result.class_name
+    return {"class": name, "label": recipes.backbone.label_of(name)} if name in recipes.classes else {}
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 ``results/events/<stage>/<shard>.<digest>.<host>-<pid>-<time>.jsonl`` has one writer, the process. Each line has ``time``
 (seconds since 1970), ``event``, ``stage`` and ``shard``, and further:
 
-- ``start``: ``digest`` of the job, ``host``, ``pid``, ``job`` (SLURM's number, or null), ``deadline`` (or null)
+- ``start``: ``run``, ``digest`` of the job, ``host``, ``pid``, ``job`` (SLURM's number, or null), ``gpu`` (whether it has
+  one), ``deadline`` (or null)
 - ``missing``: how many results are ``missing`` of the ``total``
 - ``done``: ``name`` (class or training), ``place`` below the store, ``seconds``
 - ``failed``: ``name``, ``place``, ``error``; ``counted`` if nothing else was in hand

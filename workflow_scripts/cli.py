@@ -46,6 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("--json", action="store_true", help="print JSON, with every option")
     methods.set_defaults(command=_methods)
 
+    protocols = commands.add_parser("protocols", help="the evaluation protocols, their papers and every value")
+    protocols.add_argument("names", nargs="*", metavar="NAME", help="show these alone")
+    protocols.add_argument("--json", action="store_true", help="print JSON")
+    protocols.set_defaults(command=_protocols)
+
     verify = commands.add_parser(
         "verify", help="re-read what a run has stored; set damaged results aside, to be made again"
     )
@@ -67,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     lock.set_defaults(command=_lock_recipes)
 
-    for command in (plan, status, methods, verify, collect):
+    for command in (plan, status, methods, protocols, verify, collect):
         add_config_arguments(command)
     return parser
 
@@ -126,6 +131,13 @@ def _methods(arguments: argparse.Namespace) -> int:
     from workflow_scripts.operations.methods import methods
 
     methods(read_config(arguments), arguments.names, options=arguments.options, as_json=arguments.json)
+    return 0
+
+
+def _protocols(arguments: argparse.Namespace) -> int:
+    from workflow_scripts.operations.protocols import protocols
+
+    protocols(read_config(arguments), arguments.names, as_json=arguments.json)
     return 0
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from workflow_scripts.evaluation.soft_labels import SoftLabels
 from workflow_scripts.operations.verify import QUARANTINE
 from workflow_scripts.recipes import CLASS_STAGES, Recipes
 from workflow_scripts.stages.publish import report_folder
@@ -29,6 +30,11 @@ def referenced(recipes: Recipes) -> Iterator[Path]:
             yield from map(recipes.set_directory, recipes.sets(job.shard))
         elif job.stage == "evaluate":
             yield from map(recipes.training_path, recipes.trainings_of(job.shard))
+        elif job.stage == "teacher":
+            weights = recipes.teacher_weights(job.shard)
+            yield from (recipes.teacher_record(job.shard), weights, weights.with_name(f"{weights.stem}.checkpoints"))
+        elif job.stage == "relabel":
+            yield recipes.labels_path(recipes.labels[job.shard])
         elif job.stage == "report":
             yield report_folder(recipes.config, job)
         else:
@@ -63,7 +69,8 @@ def size(path: Path) -> int:
 
 def _collectable(results: Path) -> Iterator[Path]:
     store = results / "store"
-    for pattern in ("*.zarr/*/*", "evaluate/*", "backbones/*", "match.checkpoints/*", f"{QUARANTINE}/*"):
+    own = ("evaluate/*", "evaluate.checkpoints/*", "backbones/*", "match.checkpoints/*", "teachers/*", "labels/*")
+    for pattern in ("*.zarr/*/*", *own, f"{QUARANTINE}/*"):
         yield from sorted(store.glob(pattern))
     for pattern in ("datasets/*", "manifests/*/*", "*/reports/*"):
         yield from sorted(results.glob(pattern))
@@ -71,4 +78,5 @@ def _collectable(results: Path) -> Iterator[Path]:
 
 def _settled(path: Path) -> bool:
     working = path.name.startswith(TEMPORARY) or ".checkpoints" in (path.suffix, path.parent.suffix)
+    working = working or (path.parent.name == "labels" and not SoftLabels(path).whole)
     return not working or time.time() - path.stat().st_mtime > LEFTOVER_AGE

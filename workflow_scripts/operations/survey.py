@@ -13,7 +13,7 @@ from workflow_scripts.recipes import CLASS_STAGES, Recipes
 from workflow_scripts.stages.publish import report_folder
 from workflow_scripts.store.results import RECORD, Result, Store
 
-STAGES = ("fit_backbone", *CLASS_STAGES, "export", "evaluate", "report")
+STAGES = ("fit_backbone", *CLASS_STAGES, "export", "teacher", "relabel", "evaluate", "report")
 
 
 @dataclass
@@ -84,8 +84,18 @@ def _items(recipes: Recipes, stage: str, shard: str, explain: bool) -> Iterator[
         for training in recipes.trainings_of(shard):
             path = recipes.training_path(training)
             made = training.set
-            of = f"{made.method} IPC {made.ipc} seed {made.seed} {training.architecture.name} repeat {training.repeat}"
+            of = (
+                f"{made.method} IPC {made.ipc} seed {made.seed} {training.protocol} {training.architecture.name} "
+                f"repeat {training.repeat}"
+            )
             yield str(path), _item(shard, of, path.exists())
+    elif stage == "teacher":
+        yield str(recipes.teacher_record(shard)), _item(shard, shard, recipes.teacher_record(shard).exists())
+    elif stage == "relabel":
+        labels = recipes.labels[shard]
+        path = recipes.labels_path(labels)
+        of = f"{labels.set.method} IPC {labels.set.ipc} seed {labels.set.seed} {labels.protocol}"
+        yield str(path), _item(shard, of, (path / RECORD).exists())
     elif stage == "report":
         folder = report_folder(recipes.config, recipes.job(stage, shard))
         yield str(folder), _item(shard, recipes.config.run, (folder / "index.html").exists())

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from workflow_scripts.data.preprocess import load_labelled
-from workflow_scripts.data.sources import BadImage, ImageFolder, Source, Split
+from workflow_scripts.data.sources import BadImage
 from workflow_scripts.errors import DataError
-from workflow_scripts.evaluation.training import train_student
-from workflow_scripts.recipes import Recipes, SampleSet, Training
+from workflow_scripts.evaluation.protocols import Recipe
+from workflow_scripts.evaluation.soft_labels import SoftLabels
+from workflow_scripts.evaluation.training import can_stack, train_students
+from workflow_scripts.recipes import Labels, Recipes, Training
+from workflow_scripts.stages.classifiers import Labelled, load_real, load_set, read_teacher, teacher_top1
 from workflow_scripts.stages.common import stage_main
-from workflow_scripts.stages.export import CARD
 from workflow_scripts.stages.worker import environment, pick_device, progress
-from workflow_scripts.store.digests import digest
+from workflow_scripts.store.digests import PREFIX, digest
 from workflow_scripts.store.files import write_atomically
 
-Labelled = tuple[torch.Tensor, torch.Tensor]
+STUDENTS_AT_ONCE = 8
+SMALL = 64 * 64 * 64
+"""Most pixels per batch with which a student leaves much of a GPU idle."""
 
 
 def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
@@ -29,83 +33,122 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     missing = [training for training in trainings if not recipes.training_path(training).exists()]
     if missing:
         device = pick_device(recipes.config.compute.device)
-        skipped: list[BadImage] = []
-        test = load_test(recipes, skipped)
-        for training in progress(missing, len(missing), f"evaluate {shard}"):
-            evaluate(recipes, training, load_set(recipes, training.set), test, skipped, device)
+        inputs = Inputs(recipes, device)
+        groups = list(_groups(recipes, missing, device))
+        for group in progress(groups, len(groups), f"evaluate {shard}", "training"):
+            evaluate(recipes, group, inputs)
     return {"scores": [str(recipes.training_path(t).relative_to(recipes.config.results)) for t in trainings]}
 
 
-def evaluate(
-    recipes: Recipes,
-    training: Training,
-    train: Labelled,
-    test: Labelled,
-    skipped: Sequence[BadImage],
-    device: torch.device,
-) -> None:
-    """Train one classifier and write its score, with everything that determines it."""
-    recipe = recipes.training_recipe(training)
-    score = train_student(recipes.student(training), *train, *test, device=device)
-    record = {
-        "digest": digest(recipe),
-        "recipe": recipe,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        **environment(str(device)),
-        "top1_best": score.top1_best,
-        "top1_last": score.top1_last,
-        "top5_last": score.top5_last,
-        "best_epoch": score.best_epoch,
-        "epochs": score.epochs,
-        "images_seen": score.images_seen,
-        "seconds": score.seconds,
-        "curve": score.curve,
-        "skipped": [{"class": bad.class_name, "path": bad.path, "reason": bad.reason} for bad in skipped],
-    }
-    write_atomically(recipes.training_path(training), json.dumps(record))
+class Inputs:
+    """What trainings read, each once as long as it stays the same."""
+
+    def __init__(self, recipes: Recipes, device: torch.device):
+        self.recipes = recipes
+        self.device = device
+        self.skipped: list[BadImage] = []
+        self._kept: dict[str, tuple[Any, Any]] = {}
+
+    def test(self, recipe: Recipe) -> Labelled:
+        """Read the real test images."""
+
+        def read() -> Labelled:
+            self.skipped = []
+            return load_real(self.recipes, "test", recipe.resolution, self.skipped, recipe.test_resize)
+
+        return self._keep("test", (recipe.resolution, recipe.test_resize), read)
+
+    def set(self, training: Training, recipe: Recipe) -> Labelled:
+        """Read an exported set; students of one set share it."""
+        key = (training.set, recipe.resolution, recipe.train_size)
+        return self._keep(f"set {training.set.seed}", key, lambda: load_set(self.recipes, training.set, recipe))
+
+    def teacher(self, protocol: str, recipe: Recipe) -> torch.nn.Module:
+        """Load a protocol's teacher."""
+        return self._keep(
+            "teacher", protocol, lambda: read_teacher(self.recipes, protocol, recipe.resolution, self.device)
+        )
+
+    def _keep(self, place: str, key: Any, read: Callable[[], Any]) -> Any:
+        if place not in self._kept or self._kept[place][0] != key:
+            self._kept.pop(place, None)  # make room before the next is read
+            self._kept[place] = (key, read())
+        return self._kept[place][1]
 
 
-def load_set(recipes: Recipes, wanted: SampleSet) -> Labelled:
-    """Read an exported set, after checking that it is the one that is meant and that its class order is the run's."""
-    folder = recipes.set_directory(wanted)
+def _groups(recipes: Recipes, trainings: Sequence[Training], device: torch.device) -> Iterator[list[Training]]:
+    """Part trainings, in order, into those that share their steps: of one recipe but for the seed, small, on a GPU."""
+    configured = recipes.config.compute.students_at_once
+    group: list[Training] = []
+    for training in trainings:
+        recipe = recipes.student(training)
+        small = device.type == "cuda" and recipe.batch_size * recipe.resolution**2 <= SMALL
+        most = configured or (STUDENTS_AT_ONCE if small else 1)
+        first = recipes.student(group[0]) if group else recipe
+        if group and (
+            len(group) >= most
+            or training.protocol != group[0].protocol
+            or replace(recipe, seed=first.seed) != first
+            or not can_stack(recipe)
+            or (recipe.target == "stored" and training.set != group[0].set)
+        ):
+            yield group
+            group = []
+        group.append(training)
+    yield group
+
+
+def evaluate(recipes: Recipes, group: Sequence[Training], inputs: Inputs) -> None:
+    """Train classifiers at once and write their scores, each with everything that determines it."""
+    students = [recipes.student(training) for training in group]
+    first, recipe, device = group[0], students[0], inputs.device
+    soft: dict[str, Any] = {}
+    if recipe.target == "teacher":
+        soft["teacher"] = inputs.teacher(first.protocol, recipe)
+    elif recipe.target == "stored":
+        soft["soft"] = SoftLabels(recipes.labels_path(Labels(first.set, first.protocol)))
+    test = inputs.test(recipe)
+    name = digest([recipes.training_recipe(training) for training in group])[:PREFIX]
+    checkpoint = recipes.store.root / "evaluate.checkpoints" / f"{name}.safetensors"
     try:
-        card = json.loads((folder / CARD).read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{folder / CARD}: cannot be read ({error}). Run `stillhouse verify`, then the same command again."
-        ) from None
-    if card["digest"] != recipes.set_digest(wanted) or card["classes"] != recipes.classes:
-        raise DataError(
-            f"{folder}: holds another set or another class order than this run's. Delete the folder and run again."
+        scores = train_students(
+            students,
+            [inputs.set(training, recipe) for training in group],
+            test,
+            device=device,
+            compiled=recipes.config.compute.compile and device.type == "cuda",
+            checkpoint=checkpoint,
+            **soft,
         )
-    images, labels = _read(recipes, ImageFolder(folder, folder), "train")
-    if len(images) != wanted.ipc * len(recipes.classes):
+    except ValueError as error:
+        made = first.set
         raise DataError(
-            f"{folder}: holds {len(images)} images, not {wanted.ipc} for each of {len(recipes.classes)} classes. "
-            "Delete the folder and run again."
-        )
-    return images, labels
-
-
-def load_test(recipes: Recipes, skipped: list[BadImage]) -> Labelled:
-    """Read the real test images; with ``on_bad_image: skip`` those that cannot be read are added to ``skipped``."""
-    skip = recipes.config.dataset.on_bad_image == "skip"
-    return _read(recipes, recipes.catalog.source, "test", skipped.append if skip else None)
-
-
-def _read(recipes: Recipes, source: Source, split: Split, on_bad: Callable[[BadImage], None] | None = None) -> Labelled:
-    """Read a split at the evaluation's resolution: uint8 (n, 3, R, R), and labels (n,) in the run's order."""
-    settings = recipes.config.evaluation
-    pixels, labels = load_labelled(
-        source,
-        {name: source.entries(name, split) for name in recipes.classes},
-        resolution=settings.resolution,
-        crop="resize",
-        resample=settings.resample,
-        workers=recipes.config.compute.workers,
-        on_bad=on_bad,
-    )
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+            f"{made.method} IPC {made.ipc} seed {made.seed}, {first.architecture.name} by {first.protocol}: {error}"
+        ) from error
+    for training, score in zip(group, scores, strict=True):
+        determined = recipes.training_recipe(training)
+        record = {
+            "digest": digest(determined),
+            "recipe": determined,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **environment(str(device)),
+            "protocol": training.protocol,
+            "teacher_top1": teacher_top1(recipes, training.protocol) if recipe.target != "hard" else None,
+            "top1_best": score.top1_best,
+            "top1_last": score.top1_last,
+            "top5_last": score.top5_last,
+            "best_epoch": score.best_epoch,
+            "epochs": score.epochs,
+            "images_seen": score.images_seen,
+            "seconds": score.seconds,
+            "students_at_once": len(group),
+            "curve": score.curve,
+            "class_top1": score.class_top1,
+            "confusion": score.confusion,
+            "skipped": [{"class": bad.class_name, "path": bad.path, "reason": bad.reason} for bad in inputs.skipped],
+        }
+        write_atomically(recipes.training_path(training), json.dumps(record))
+    checkpoint.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

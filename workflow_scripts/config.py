@@ -758,6 +758,18 @@ class OneProtocol(ProtocolSettings):
     )
 
 
+class DDRanking(Strict):
+    """Which of the run's protocols DD-Ranking's scores are made from (`stillhouse dd-ranking`)."""
+
+    hard: Name = Field(description="protocol with hard labels")
+    own: Name = Field(description="protocol with the method's own labels and augmentation")
+    plain: Name | None = Field(None, description="the same without augmentation; without it there is no ARS")
+    real: dict[ArchitectureName, Annotated[float, Field(ge=0, le=100)]] = Field(
+        description="top-1 in percent with hard labels on the full real set, by student: HLR is measured against it"
+    )
+    baseline: Name = Field("random", description="compared method that draws real images at random")
+
+
 class Evaluation(ProtocolSettings):
     """The protocols by which sets are judged. Values set here are for all of them; those in ``settings`` win for one."""
 
@@ -767,6 +779,7 @@ class Evaluation(ProtocolSettings):
     settings: dict[Name, OneProtocol] = Field({}, description="values for one protocol each, by its name")
     resample: Literal["bilinear", "bicubic"] = Field("bilinear", description="how images are scaled to the resolution")
     trainings_per_job: PositiveInt = 1
+    dd_ranking: DDRanking | None = None
 
     @model_validator(mode="after")
     def _known(self) -> Evaluation:
@@ -780,6 +793,10 @@ class Evaluation(ProtocolSettings):
                 )
         if len(set(self.protocols)) != len(self.protocols):
             raise ValueError(f"protocols holds a value twice: {list(self.protocols)}")
+        ranking = self.dd_ranking
+        for name in (ranking.hard, ranking.own, ranking.plain) if ranking is not None else ():
+            if name is not None and name not in self.protocols:
+                raise ValueError(f"dd_ranking names {name!r}, which is none of protocols: {', '.join(self.protocols)}")
         for name in self.protocols:
             if self.preset(name).values["target"] != "hard" and self.value(name, "teacher") is None:
                 raise ValueError(
@@ -878,6 +895,11 @@ class RunConfig(Strict):
         for what, values in (("compare", self.compare), ("ipc", self.ipc), ("seeds", self.seeds)):
             if len(set(values)) != len(values):
                 raise ValueError(f"{what} holds a value twice: {list(values)}")
+        ranking = self.evaluation.dd_ranking
+        if ranking is not None and ranking.baseline not in self.compare:
+            raise ValueError(
+                f"evaluation.dd_ranking.baseline: {ranking.baseline!r} is none of compare: {', '.join(self.compare)}"
+            )
         for name in self.evaluation.protocols:
             epochs = self.evaluation.value(name, "epochs")
             if isinstance(epochs, dict) and (unset := [ipc for ipc in self.ipc if ipc not in epochs]):

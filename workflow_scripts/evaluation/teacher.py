@@ -39,7 +39,7 @@ class TeacherCheck:
     def fault(self) -> str | None:
         """What is wrong with the teacher, if it cannot be believed."""
         noise = 2 * (self.chance * (100 - self.chance) / self.images) ** 0.5
-        if self.matched > max(2 * self.top1, self.chance + noise):
+        if self.matched >= 2 * self.top1 and self.matched > self.chance + noise:
             return (
                 f"is right on {self.top1:.1f} % of {self.images} real test images, but would be on {self.matched:.1f} % if its "
                 "outputs stood for the classes in another order: its class order is not the run's. Name the classes that its "

@@ -102,7 +102,7 @@ def test_scores_of_a_run(plan_site: Callable[..., support.Site], capsys: pytest.
 
 def test_mistakes_in_the_ranking_are_named(plan_site: Callable[..., support.Site]) -> None:
     site = plan_site()
-    with pytest.raises(ConfigError, match="evaluation.dd_ranking: not set"):
+    with pytest.raises(ConfigError, match=r"evaluation\.dd_ranking: not set"):
         ranked(Recipes(site.config({"ipc": [3]})))
     with pytest.raises(ConfigError, match="dd_ranking names 'plain', which is none of protocols: hard-sgd"):
         site.config(RANKED | {"evaluation.protocols": ["hard-sgd"]})

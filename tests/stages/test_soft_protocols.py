@@ -48,7 +48,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path, tiny_backb
 
 @pytest.fixture
 def site(tmp_path: Path, done: tuple[Site, Done]) -> Site:
-    shutil.copytree(done[0].results.parent, tmp_path / "site")
+    shutil.copytree(done[0].results.parent, tmp_path / "site", symlinks=True)
     there = tmp_path / "site"
     return Site(there / "train", there / "test", done[0].backbone, there / "results")
 

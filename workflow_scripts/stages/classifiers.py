@@ -77,7 +77,8 @@ def read_teacher(recipes: Recipes, protocol: str, resolution: int, device: torch
         outputs=outputs,
         imagenet=recipes.config.dataset.label_names or (),
     )
-    return network.to(device)
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    return network.to(device, memory_format=layout)  # type: ignore[call-overload]
 
 
 def teacher_top1(recipes: Recipes, protocol: str) -> float:

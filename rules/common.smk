@@ -8,9 +8,8 @@ from snakemake.settings.enums import RerunTrigger
 from workflow_scripts.config import resolve
 from workflow_scripts.errors import StillhouseError
 from workflow_scripts.recipes import Recipes
-from workflow_scripts.stages.common import machine_has_gpu, write_resolved
+from workflow_scripts.stages.common import launcher, machine_has_gpu, resolved_path, write_resolved
 from workflow_scripts.stages.publish import publish
-from workflow_scripts.store.digests import digest
 
 try:
     RUN = resolve(config)
@@ -22,7 +21,7 @@ except StillhouseError as error:
     sys.exit(1)
 
 RESULTS = RUN.results
-RESOLVED = RESULTS / "cache" / "configs" / f"{digest(RUN.canonical())[:16]}.json"
+RESOLVED = resolved_path(RUN)
 
 # The digests in the manifests' paths say what is valid. Snakemake's other triggers compare records in .snakemake with
 # code and input lists, and would start jobs that find nothing to do.
@@ -78,6 +77,23 @@ def get_resolved(wildcards, input):
 def get_gpu(wildcards):
     """One GPU, if there are any."""
     return 1 if HAS_GPU else 0
+
+
+def get_fit_gpus(wildcards):
+    """The GPUs that fine-tuning shares its batch among, one for any other fit, if there are any."""
+    tune = RUN.backbone.finetune
+    return get_gpu(wildcards) * (1 if tune is None else tune.gpus)
+
+
+def get_fit_memory(wildcards, attempt):
+    """Megabytes for a fit: a checkpoint of all weights of DiT-XL/2, averages and moments included, has 11 GB."""
+    tune = RUN.backbone.finetune
+    return attempt * (16000 if tune is None else 40000 + 8000 * tune.gpus)
+
+
+def get_launcher(wildcards):
+    """What starts a fit: one process for each of its GPUs."""
+    return launcher(max(1, get_fit_gpus(wildcards)))
 
 
 def get_minutes(base, per_item, stage):

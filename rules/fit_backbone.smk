@@ -11,13 +11,14 @@ rule fit_backbone:
         "../envs/stillhouse.yaml"
     threads: workflow.cores or 8
     resources:
-        gpu=get_gpu,
-        mem_mb=16000,
-        runtime=get_minutes(240, 0, "fit_backbone"),
+        gpu=get_fit_gpus,
+        mem_mb=get_fit_memory,
+        runtime=get_minutes(240 if RUN.backbone.finetune is None else 720, 0, "fit_backbone"),
     params:
         resolved=get_resolved,
+        launcher=get_launcher,
     message:
         "Fitting a backbone on the training images"
     shell:
-        "exec python -m workflow_scripts.stages.fit_backbone --resolved {params.resolved:q} --shard {wildcards.shard:q}"
+        "exec {params.launcher} workflow_scripts.stages.fit_backbone --resolved {params.resolved:q} --shard {wildcards.shard:q}"
         " --manifest {output:q} --log {log:q}"

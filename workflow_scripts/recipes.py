@@ -7,7 +7,7 @@ the result that its recipe names does not exist.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, wraps
 from pathlib import Path
@@ -120,6 +120,43 @@ class Job:
         return f"manifests/{self.stage}/{self.shard}.{self.digest[:PREFIX]}.json"
 
 
+def protocol_values(config: RunConfig, protocol: str, architecture: str, ipc: int, classes: int) -> dict[str, Any]:
+    """Return a protocol's values for a student at an IPC: the published ones, overlaid by what is configured."""
+    evaluation = config.evaluation
+    values = evaluation.preset(protocol).at(Case(architecture, ipc, classes))
+    for key in values:
+        configured = evaluation.value(protocol, key) if key != "target" else None
+        if isinstance(configured, dict):
+            configured = configured[ipc]
+        values[key] = values[key] if configured is None else configured
+    return values
+
+
+def student_recipe(
+    config: RunConfig, protocol: str, architecture: Architecture, classes: int, ipc: int, seed: int
+) -> Recipe:
+    """Return the recipe of a run's trainings of an architecture by a protocol."""
+    values = protocol_values(config, protocol, architecture.name, ipc, classes)
+    return Recipe(
+        architecture=architecture.name,
+        width=architecture.width,
+        classes=classes,
+        seed=seed,
+        **{key: value for key, value in values.items() if key in RECIPE_FIELDS},
+    )
+
+
+def students_of(config: RunConfig, protocol: str) -> tuple[Architecture, ...]:
+    """Return a protocol's students: configured, or the published ones."""
+    chosen: tuple[Architecture, ...] | None = config.evaluation.value(protocol, "architectures")
+    return chosen or tuple(Architecture(name=name) for name in config.evaluation.preset(protocol).architectures)
+
+
+def digest_of_set(images: Mapping[str, str]) -> str:
+    """Return the digest of a set, given the digest of each class's images in label order."""
+    return digest({"stage": "export", "recipe": RECIPES["export"], "classes": [list(item) for item in images.items()]})
+
+
 T = TypeVar("T")
 
 
@@ -162,44 +199,94 @@ class Recipes:
     @cached_property
     def backbone(self) -> Checkpoint:
         """The backbone: on disk, or one that fit_backbone will make."""
-        cache = self.config.results / "cache"
-        if self.config.backbone.path is not None:
-            return open_checkpoint(self.config.backbone.path, cache, self.config.backbone.vae)
-        identity = self.fit_digest
-        path = self.config.results / "store" / "backbones" / identity[:PREFIX]
-        labels = {name: index for index, name in enumerate(self.classes)}
-        assert self.config.backbone.fit is not None
-        side = self.config.dataset.resolution // 2 ** (len(self.config.backbone.fit.vae.channels) - 1)
+        if self.config.backbone.path is None:
+            return self._fitted
+        return self.pretrained if self.config.backbone.finetune is None else self._finetuned
+
+    @cached_property
+    def pretrained(self) -> Checkpoint:
+        """The backbone at ``backbone.path``."""
+        assert self.config.backbone.path is not None
+        found = open_checkpoint(self.config.backbone.path, self.config.results / "cache", self.config.backbone.vae)
+        return found.at(self.config.dataset.resolution)
+
+    @cached_property
+    def _fitted(self) -> Checkpoint:
+        fit, identity = self.config.backbone.fit, self.fit_digest
+        assert fit is not None
+        side = self.config.dataset.resolution // 2 ** (len(fit.vae.channels) - 1)
         return Checkpoint(
-            path, digest([identity, "vae"]), digest([identity, "transformer"]), TIMESTEPS, labels, latent_side=side
+            self._fit_place,
+            digest([identity, "vae"]),
+            digest([identity, "transformer"]),
+            TIMESTEPS,
+            self._own_labels,
+            latent_side=side,
         )
 
     @cached_property
+    def _finetuned(self) -> Checkpoint:
+        """The pre-trained backbone with another denoiser; what its autoencoder encodes is encoded once for both."""
+        network = {**self.pretrained.denoiser_config, "num_embeds_ada_norm": len(self.classes)}
+        return replace(
+            self.pretrained,
+            path=self._fit_place,
+            denoiser=digest([self.fit_digest, "transformer"]),
+            labels=self._own_labels,
+            vae_path=self.pretrained.autoencoder,
+            denoiser_config=network,
+        )
+
+    @property
+    def _fit_place(self) -> Path:
+        return self.config.results / "store" / "backbones" / self.fit_digest[:PREFIX]
+
+    @property
+    def _own_labels(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.classes)}
+
+    @property
+    def fits(self) -> bool:
+        """Say whether fit_backbone makes this run's denoiser."""
+        return self.config.backbone.fit is not None or self.config.backbone.finetune is not None
+
+    @cached_property
     def fit_digest(self) -> str:
-        """Digest of the backbone that this run fits, over the training images of all its classes."""
+        """Digest of the backbone that this run fits or fine-tunes, on the training images of all its classes."""
+        shared = {"stage": "fit_backbone", "recipe": RECIPES["fit_backbone"]}
+        tune = self.config.backbone.finetune
+        if tune is not None:
+            known = {name: self.pretrained.labels.get(name) for name in self.classes}
+            content = {"denoiser": self.pretrained.denoiser, "labels": list(known.items()), "finetune": tune.identity()}
+            return digest({**shared, **content, "latents": self._latents_of(self.pretrained.vae)})
         assert self.config.backbone.fit is not None
         return digest(
             {
-                "stage": "fit_backbone",
-                "recipe": RECIPES["fit_backbone"],
+                **shared,
                 "images": [[name, self.catalog.fingerprint(name, "train")] for name in self.classes],
                 "preprocessing": self._preprocessing,
                 "fit": self.config.backbone.fit.identity(),
             }
         )
 
+    def _latents_of(self, vae: str) -> str:
+        return digest([[name, self._encoded(name, vae).digest] for name in self.classes])
+
     # ---------------------------------------------------------------- class-level results
 
     @remembered
     def latents(self, class_name: str) -> Result:
         """The VAE posterior of a class's real images: ``mean`` and ``logvar`` (n, c, h, w) fp16, unscaled."""
+        return self._encoded(class_name, self.backbone.vae)
+
+    def _encoded(self, class_name: str, vae: str) -> Result:
         return self._result(
             "encode",
             class_name,
             images=self.catalog.fingerprint(class_name, "train"),
             preprocessing=self._preprocessing,
             flip=self.config.encode.flip,
-            vae=self.backbone.vae,
+            vae=vae,
             dtype=self.config.compute.dtype,
         )
 
@@ -302,7 +389,7 @@ class Recipes:
 
     @cached_property
     def _all_latents(self) -> str:
-        return digest([[name, self.latents(name).digest] for name in self.classes])
+        return self._latents_of(self.backbone.vae)
 
     @remembered
     def experts(self, method: str) -> list[Result]:
@@ -398,13 +485,7 @@ class Recipes:
     @remembered
     def set_digest(self, wanted: SampleSet) -> str:
         """Return the digest of a set: its classes in label order, and what each is made of."""
-        return digest(
-            {
-                "stage": "export",
-                "recipe": RECIPES["export"],
-                "classes": [[name, self.samples(name, wanted).digest] for name in self.classes],
-            }
-        )
+        return digest_of_set({name: self.samples(name, wanted).digest for name in self.classes})
 
     def set_directory(self, wanted: SampleSet) -> Path:
         """Return the folder of a set's exported images."""
@@ -412,22 +493,13 @@ class Recipes:
         return self.config.results / "datasets" / name
 
     def architectures(self, protocol: str) -> tuple[Architecture, ...]:
-        """Return a protocol's students: configured, or the published ones."""
-        evaluation = self.config.evaluation
-        chosen: tuple[Architecture, ...] | None = evaluation.value(protocol, "architectures")
-        return chosen or tuple(Architecture(name=name) for name in evaluation.preset(protocol).architectures)
+        """Return a protocol's students."""
+        return students_of(self.config, protocol)
 
     @remembered
     def protocol_values(self, protocol: str, architecture: str, ipc: int) -> dict[str, Any]:
-        """Return a protocol's values for a student at an IPC: the published ones, overlaid by what is configured."""
-        evaluation = self.config.evaluation
-        values = evaluation.preset(protocol).at(Case(architecture, ipc, len(self.classes)))
-        for key in values:
-            configured = evaluation.value(protocol, key) if key != "target" else None
-            if isinstance(configured, dict):
-                configured = configured[ipc]
-            values[key] = values[key] if configured is None else configured
-        return values
+        """Return a protocol's values for a student at an IPC."""
+        return protocol_values(self.config, protocol, architecture, ipc, len(self.classes))
 
     @remembered
     def trainings(self, method: str, ipc: int) -> list[Training]:
@@ -442,14 +514,9 @@ class Recipes:
 
     def student(self, training: Training) -> Recipe:
         """Return the training's recipe."""
-        values = self.protocol_values(training.protocol, training.architecture.name, training.set.ipc)
-        return Recipe(
-            architecture=training.architecture.name,
-            width=training.architecture.width,
-            classes=len(self.classes),
-            seed=1000 * training.set.seed + training.repeat,
-            **{key: value for key, value in values.items() if key in RECIPE_FIELDS},
-        )
+        seed = 1000 * training.set.seed + training.repeat
+        classes, ipc = len(self.classes), training.set.ipc
+        return student_recipe(self.config, training.protocol, training.architecture, classes, ipc, seed)
 
     def training_recipe(self, training: Training) -> dict[str, Any]:
         """Return everything that determines a training."""
@@ -686,7 +753,7 @@ class Recipes:
                 made.append(self.config.dataset.on_bad_image)
             return made, len(results), self._needs(stage, shard)
         if stage == "fit_backbone":
-            return self.fit_digest, 1, []
+            return self.fit_digest, 1, self._needs(stage, shard)
         if stage == "export":
             sets = self.sets(shard)
             return (
@@ -721,24 +788,36 @@ class Recipes:
         recipes = [digest(self.training_recipe(training)) for cell in cells for training in self.trainings(*cell)]
         shown = self.config.model_dump(
             mode="json",
-            exclude={"results": True, "dataset": {"root", "test_root", "test_labels"}, "backbone": {"path", "vae"}},
+            exclude={
+                "results": True,
+                "dataset": {"root", "test_root", "test_labels"},
+                "backbone": {"path", "vae", "finetune"},
+                "compute": {"gpu", "price_per_gpu_hour"},
+            },
         )
         content = {"recipe": RECIPES["report"], "config": shown, "trainings": recipes}
         return content, len(recipes), [("evaluate", shard) for shard in self.shards_of("evaluate")]
 
     def _needs(self, stage: str, shard: str) -> list[tuple[str, str]]:
-        fit = [("fit_backbone", "backbone")] if self.config.backbone.fit is not None else []
+        tunes = self.config.backbone.finetune is not None
+        fit = [("fit_backbone", "backbone")] if self.fits else []
+        if stage == "fit_backbone":
+            return [("encode", number) for number in self.shards] if tunes else []
         if stage == "encode":
-            return fit
+            return [] if tunes else fit
         if stage == "experts":
             return []
+        # A fitted autoencoder comes before encode; a fine-tuned denoiser comes after it, before what denoises.
+        denoiser = fit if tunes else []
         if stage == "match":
             wanted, _ = self.match_set(shard)
             experts = [("experts", job) for job in self.expert_jobs(wanted.method)]
             shards = self.shards if experts else [shard.rpartition("-")[2]]
-            return [*(("encode", number) for number in shards), *experts]
-        if stage != "sample":
+            return [*(("encode", number) for number in shards), *experts, *denoiser]
+        if stage == "cluster":
             return [("encode", shard)]
+        if stage == "invert":
+            return [("encode", shard), *denoiser]
         name, _, number = shard.rpartition("-")
         method = self.config.methods[name]
         if not isinstance(method, DiffusionMethod):
@@ -746,7 +825,7 @@ class Recipes:
         clustered = method.prototypes is not None or any(isinstance(term, TransportTerm) for term in method.guidance)
         needs = [("cluster", number)] if clustered else []
         needs += [("invert", number)] if isinstance(method.start, GaussianStart) else []
-        return needs or fit
+        return [*needs, *denoiser] or fit
 
     def _evaluate_shards(self, method: str, ipc: int) -> list[str]:
         size = self.config.evaluation.trainings_per_job
@@ -768,8 +847,10 @@ class Recipes:
                     offset_timesteps(self.backbone.timesteps, method.chain.steps)
                 except ValueError as error:
                     raise ConfigError(f"methods.{name}.chain: {error}") from None
-        self._check_shapes()
         self._check_students()
+        self._check_pools()
+        if self.config.backbone.finetune is not None:
+            self._check_finetune()
         for name in self.classes:
             self.backbone.label_of(name)
             self.catalog.count(name, "test")
@@ -806,6 +887,17 @@ class Recipes:
                             f"evaluation ({protocol}): patches {recipe.patches} do not divide images of {side} pixels"
                         )
 
+    def _check_finetune(self) -> None:
+        """Refuse to fine-tune what is not a DiT in diffusers format."""
+        path = self.pretrained.path
+        if "num_attention_heads" not in self.pretrained.denoiser_config:
+            raise ConfigError(f"backbone.finetune: {path} has a U-Net; only a DiT can be fine-tuned")
+        if path.is_file():
+            raise ConfigError(
+                f"backbone.finetune: {path} is in its authors' layout, which spaces the timestep's frequencies otherwise than "
+                "diffusers does. Set backbone.path to a directory in diffusers format, such as facebook/DiT-XL-2-256."
+            )
+
     def _images_needed(self, method: CoresetMethod | DiffusionMethod | MatchingMethod) -> int:
         """Return how many real images of a class a method cannot do without."""
         most = max(self.config.ipc)
@@ -830,18 +922,13 @@ class Recipes:
                 f"spacing {sampler.spacing}; the nearest is {nearest}"
             )
 
-    def _check_shapes(self) -> None:
-        """Refuse images and clustering spaces that do not fit the backbone."""
-        backbone, resolution = self.backbone, self.config.dataset.resolution
-        if backbone.resolution is not None and backbone.resolution != resolution:
-            raise ConfigError(
-                f"dataset.resolution: got {resolution}, but backbone {backbone.path} takes {backbone.resolution} pixels"
-            )
+    def _check_pools(self) -> None:
+        """Refuse clustering spaces that do not fit the backbone."""
         pools = {"cluster": self.config.cluster.pool}
         for name, method in self.config.compared().items():
             if isinstance(prototypes := getattr(method, "prototypes", None), KMeansPrototypes):
                 pools[f"methods.{name}.prototypes"] = prototypes.pool
         for place, pool in pools.items():
-            if backbone.latent_side is not None and backbone.latent_side % pool:
-                side = backbone.latent_side
+            side = self.backbone.latent_side
+            if side is not None and side % pool:
                 raise ConfigError(f"{place}.pool: got {pool}, which does not divide the {side}x{side} latents")

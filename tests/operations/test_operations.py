@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import support
@@ -13,6 +14,7 @@ import yaml
 from workflow_scripts.operations import gc, recipe_lock, show, verify
 from workflow_scripts.operations.survey import survey
 from workflow_scripts.recipes import CLASS_STAGES, Recipes, SampleSet
+from workflow_scripts.stages.common import resolved_path, write_resolved
 from workflow_scripts.stages.publish import publish
 
 
@@ -55,10 +57,10 @@ def test_verify_finds_a_flipped_byte_and_only_that_result_is_made_again(copied: 
     assert verify.verify(recipes) == []
     victim = recipes.samples("bee", SampleSet("mgd3", 3, 1))
     before = support.stored(copied.results)
-    chunk = next(path for path in (recipes.store.path(victim) / "latents").rglob("c*") if path.is_file())
-    content = bytearray(chunk.read_bytes())
-    content[len(content) // 2] ^= 1
-    chunk.write_bytes(content)
+    arrays = recipes.store.path(victim) / "arrays.zip"
+    content = bytearray(arrays.read_bytes())
+    content[content.index(recipes.store.read(victim).arrays["latents"].tobytes())] ^= 1
+    arrays.write_bytes(content)
 
     found = verify.verify(recipes)
 
@@ -74,7 +76,7 @@ def test_verify_finds_a_flipped_byte_and_only_that_result_is_made_again(copied: 
     assert verify.verify(recipes) == []
 
 
-@pytest.mark.parametrize("damage", ["image", "card", "lost"])
+@pytest.mark.parametrize("damage", ["image", "card", "lost", "order"])
 def test_verify_finds_a_damaged_set(copied: support.Site, damage: str) -> None:
     recipes = recipes_of(copied)
     folder = recipes.set_directory(SampleSet("dit", 3, 0))
@@ -82,6 +84,10 @@ def test_verify_finds_a_damaged_set(copied: support.Site, damage: str) -> None:
         (folder / "cat" / "0001.png").write_bytes(b"")
     elif damage == "card":
         (folder / "dataset.json").unlink()
+    elif damage == "order":
+        card = json.loads((folder / "dataset.json").read_text())
+        card["classes"].reverse()
+        (folder / "dataset.json").write_text(json.dumps(card))
     else:
         shutil.rmtree(folder)
     found = verify.verify(recipes)
@@ -141,6 +147,51 @@ def test_gc_spares_work_in_progress_for_a_day(copied: support.Site) -> None:
     assert gc.garbage(copied.results, [recipes]) == []
     os.utime(leftover, (0, 0))
     assert gc.garbage(copied.results, [recipes]) == [leftover]
+
+
+def test_gc_collects_notes_that_no_run_refers_to_when_they_are_old(
+    copied: support.Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workflow_scripts.data.notes.SETTLED_NS", -(10**12))
+    cache, day = copied.results / "cache", gc.LEFTOVER_AGE
+    shutil.rmtree(cache)
+
+    def remember(overrides: dict[str, object]) -> set[os.PathLike[str]]:
+        """Plan, and return the notes that this left behind."""
+        before = set(cache.rglob("*.json"))
+        recipes = recipes_of(copied, overrides)
+        recipes.check()
+        recipes.jobs()
+        write_resolved(recipes.config, resolved_path(recipes.config))
+        return set(cache.rglob("*.json")) - before
+
+    used = remember({"dataset.fingerprint": "content"})
+    moved = copied.results.parent / "moved"
+    shutil.copytree(copied.train, moved)
+    shutil.copytree(copied.backbone, moved.with_name("backbone"))
+    stale = remember(
+        {
+            "dataset.root": str(moved),
+            "backbone.path": str(moved.with_name("backbone")),
+            "dataset.fingerprint": "content",
+        }
+    )
+    kinds = {
+        kind: sum(path.parent.name == kind for path in stale) for kind in ("listings", "hashes", "configs", "cache")
+    }
+    assert kinds == {"listings": 3, "hashes": 3, "configs": 1, "cache": 3}
+
+    def collected(age: float) -> set[os.PathLike[str]]:
+        for path in used | stale:
+            os.utime(path, (time.time() - age,) * 2)
+        run = recipes_of(copied, {"dataset.fingerprint": "content"})
+        return {path for path in gc.garbage(copied.results, [run]) if "cache" in path.parts}
+
+    assert collected(day / 2) == set()
+    assert collected(2 * day) == {path for path in stale if path.parent.name != "configs"}, "a queued job may need it"
+    assert collected(40 * day) == stale
+    gc.delete(sorted(stale))
+    assert remember({"dataset.fingerprint": "content"}) == set(), "what the run needs was kept"
 
 
 def test_the_report_link_follows_the_configuration(copied: support.Site) -> None:

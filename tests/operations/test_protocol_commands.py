@@ -104,7 +104,7 @@ def test_mistakes_in_the_ranking_are_named(plan_site: Callable[..., support.Site
     site = plan_site()
     with pytest.raises(ConfigError, match=r"evaluation\.dd_ranking: not set"):
         ranked(Recipes(site.config({"ipc": [3]})))
-    with pytest.raises(ConfigError, match="dd_ranking names 'plain', which is none of protocols: hard-sgd"):
-        site.config(RANKED | {"evaluation.protocols": ["hard-sgd"]})
+    with pytest.raises(ConfigError, match="dd_ranking names 'plain', which is none of protocols: hard-sgd, hard-adamw"):
+        site.config(RANKED | {"evaluation.protocols": ["hard-sgd", "hard-adamw"]})
     with pytest.raises(ConfigError, match="'random' is none of compare: dit"):
         site.config(RANKED | {"compare": ["dit"]})

@@ -6,7 +6,6 @@ that a ResNet at 64 px and less has RDED's small stem; ``glad_*`` are those of G
 are normalised images (N, 3, H, W) with H = W = ``resolution``, outputs are logits (N, classes).
 """
 
-import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from workflow_scripts.evaluation.protocols import STUDENTS, ArchitectureName, Student
+from workflow_scripts.evaluation.protocols import STUDENTS, ArchitectureName, Student, convnet_depth
 
 Norm = Callable[[int], nn.Module]
 
@@ -37,11 +36,6 @@ class HalvingPool(nn.Module):
         height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
         rows = x[:, :, 0:height:2] + x[:, :, 1:height:2]
         return (rows[..., 0:width:2] + rows[..., 1:width:2]) * 0.25
-
-
-def convnet_depth(resolution: int) -> int:
-    """Return the number of ConvNet blocks that leave a map of at least 3x3: 6 at 224 and 256 px, 3 at 32 px."""
-    return int(math.log2(resolution / 3))
 
 
 def convnet(classes: int, resolution: int, width: int, norm: Norm = instance_norm) -> nn.Sequential:

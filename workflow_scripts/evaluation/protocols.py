@@ -86,6 +86,12 @@ STUDENTS: Mapping[ArchitectureName, Student] = MappingProxyType(
 )
 """The classifiers by name: in instance norm for hard labels, RDED's ConvNet in batch norm, torchvision's, and GLaD's."""
 
+
+def convnet_depth(resolution: int) -> int:
+    """Return the number of ConvNet blocks that leave a map of at least 3x3: 6 at 224 and 256 px, 3 at 32 px."""
+    return int(math.log2(resolution / 3))
+
+
 # ---------------------------------------------------------------- one training
 
 

@@ -8,18 +8,25 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from workflow_scripts.evaluation.soft_labels import SoftLabels
+from workflow_scripts.diffusion.checkpoint import notes_of
 from workflow_scripts.operations.verify import QUARANTINE
 from workflow_scripts.recipes import CLASS_STAGES, Recipes
+from workflow_scripts.stages.common import resolved_path
 from workflow_scripts.stages.publish import report_folder
 from workflow_scripts.store.files import TEMPORARY
+from workflow_scripts.store.results import RECORD
 
 LEFTOVER_AGE = 24 * 3600
+CACHE = "cache"
+CONFIG_AGE = 30 * LEFTOVER_AGE
 
 
 def referenced(recipes: Recipes) -> Iterator[Path]:
     """Yield every path below the results directory that a run needs."""
     results = recipes.config.results
+    yield resolved_path(recipes.config)
+    yield from recipes.catalog.notes()
+    yield from notes_of(recipes.backbone, results / CACHE)
     for job in recipes.jobs():
         yield results / job.manifest
         if job.stage == "match":
@@ -43,12 +50,13 @@ def referenced(recipes: Recipes) -> Iterator[Path]:
 
 
 def garbage(results: Path, runs: Iterable[Recipes]) -> list[Path]:
-    """Return what no run refers to: results, sets, scores, manifests, reports, set-aside results and old leftovers.
+    """Return what no run refers to: results, sets, scores, manifests, reports, notes, set-aside results and old leftovers.
 
-    Work in progress of an interrupted or running job counts only when it has not been touched for a day.
+    Work in progress of an interrupted or running job and notes (listings, hashes) count only when they have not been touched
+    for a day. A complete configuration counts after a month, because jobs that wait in a queue read it when they start.
     """
     needed = {path.resolve() for recipes in runs for path in referenced(recipes)}
-    return [path for path in _collectable(results) if path.resolve() not in needed and _settled(path)]
+    return [path for path in _collectable(results) if path.resolve() not in needed and _settled(results, path)]
 
 
 def delete(paths: Iterable[Path]) -> None:
@@ -74,9 +82,20 @@ def _collectable(results: Path) -> Iterator[Path]:
         yield from sorted(store.glob(pattern))
     for pattern in ("datasets/*", "manifests/*/*", "*/reports/*"):
         yield from sorted(results.glob(pattern))
+    yield from (path for path in sorted((results / CACHE).rglob("*")) if path.is_file())
 
 
-def _settled(path: Path) -> bool:
-    working = path.name.startswith(TEMPORARY) or ".checkpoints" in (path.suffix, path.parent.suffix)
-    working = working or (path.parent.name == "labels" and not SoftLabels(path).whole)
-    return not working or time.time() - path.stat().st_mtime > LEFTOVER_AGE
+def _settled(results: Path, path: Path) -> bool:
+    place = path.relative_to(results).parts
+    if place[:2] == (CACHE, "configs"):
+        age = CONFIG_AGE
+    elif (
+        place[0] == CACHE
+        or path.name.startswith(TEMPORARY)
+        or ".checkpoints" in (path.suffix, path.parent.suffix)
+        or (path.parent.name == "labels" and not (path / RECORD).exists())
+    ):
+        age = LEFTOVER_AGE
+    else:
+        return True
+    return time.time() - path.stat().st_mtime > age

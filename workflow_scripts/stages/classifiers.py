@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from workflow_scripts.data.imagenet import order_difference, titled
 from workflow_scripts.data.preprocess import load_labelled
 from workflow_scripts.data.sources import BadImage, ImageFolder, Source, Split
 from workflow_scripts.errors import DataError
@@ -21,10 +22,19 @@ from workflow_scripts.store.digests import digest
 Labelled = tuple[torch.Tensor, torch.Tensor]
 
 
-def load_set(recipes: Recipes, wanted: SampleSet, recipe: Recipe) -> Labelled:
+def train_side(recipes: Recipes, recipe: Recipe) -> int:
+    """Return the side in pixels at which a training reads its set."""
+    return recipes.config.dataset.resolution if recipe.train_size == "native" else recipe.resolution
+
+
+def load_set(recipes: Recipes, wanted: SampleSet, side: int) -> Labelled:
     """Read an exported set, after checking that it is the one that is meant and that its class order is the run's.
 
-    Images are uint8 (n, 3, S, S), S being the recipe's resolution, or the set's own if ``train_size`` is ``native``.
+    Returns:
+        images uint8 (n, 3, side, side) and labels int64 (n,).
+
+    Raises:
+        DataError: naming the first class that is another one, or the classes that have too few or too many images.
     """
     folder = recipes.set_directory(wanted)
     try:
@@ -33,18 +43,19 @@ def load_set(recipes: Recipes, wanted: SampleSet, recipe: Recipe) -> Labelled:
         raise DataError(
             f"{folder / CARD}: cannot be read ({error}). Run `stillhouse verify`, then the same command again."
         ) from None
-    if card["digest"] != recipes.set_digest(wanted) or card["classes"] != recipes.classes:
+    remedy = "Run `stillhouse verify`, which sets the folder aside, then the same command again."
+    if (difference := order_difference(recipes.classes, card["classes"])) is not None:
+        raise DataError(f"{folder / CARD}: has the classes in another order than this run: {difference}. {remedy}")
+    if card["digest"] != recipes.set_digest(wanted):
+        raise DataError(f"{folder / CARD}: is of another set than this run's. {remedy}")
+    source = ImageFolder(folder, folder)
+    counts = {name: len(source.entries(name, "train")) for name in recipes.classes}
+    if wrong := [f"{titled(name)} has {count}" for name, count in counts.items() if count != wanted.ipc]:
+        more = f", and {len(wrong) - 5} more classes" if wrong[5:] else ""
         raise DataError(
-            f"{folder}: holds another set or another class order than this run's. Delete the folder and run again."
+            f"{folder}: should hold {wanted.ipc} images of each class, but {', '.join(wrong[:5])}{more}. {remedy}"
         )
-    side = recipes.config.dataset.resolution if recipe.train_size == "native" else recipe.resolution
-    images, labels = _read(recipes, ImageFolder(folder, folder), "train", side)
-    if len(images) != wanted.ipc * len(recipes.classes):
-        raise DataError(
-            f"{folder}: holds {len(images)} images, not {wanted.ipc} for each of {len(recipes.classes)} classes. "
-            "Delete the folder and run again."
-        )
-    return images, labels
+    return _read(recipes, source, "train", side)
 
 
 def load_real(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from typing import Any, TextIO
 from workflow_scripts.config import RunConfig, load, load_resolved
 from workflow_scripts.errors import StillhouseError
 from workflow_scripts.recipes import Job, Recipes
+from workflow_scripts.store.digests import PREFIX, digest
 from workflow_scripts.store.files import write_atomically
 
 
@@ -36,16 +38,40 @@ def read_config(arguments: argparse.Namespace) -> RunConfig:
     return load(arguments.config, arguments.run, arguments.set, arguments.configfile)
 
 
+def resolved_path(config: RunConfig) -> Path:
+    """Return where a configuration is kept for ``--resolved``."""
+    return config.results / "cache" / "configs" / f"{digest(config.canonical())[:PREFIX]}.json"
+
+
 def write_resolved(config: RunConfig, path: Path) -> None:
-    """Write a configuration for ``--resolved``, unless it is there."""
+    """Write a configuration for ``--resolved``, or note that it is still used if it is there."""
     text = config.canonical()
-    if not path.exists() or path.read_text() != text:
+    if path.exists() and path.read_text() == text:
+        with contextlib.suppress(PermissionError):  # of another user's file
+            path.touch()
+    else:
         write_atomically(path, text)
 
 
 def machine_has_gpu() -> bool:
     """Say whether this machine has an NVIDIA GPU, without importing torch."""
     return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def launcher(gpus: int) -> str:
+    """Return the command that starts a module once for each of ``gpus`` GPUs, or of those of this machine if that has fewer.
+
+    The dashes keep torchrun from taking the module's options for its own.
+    """
+    here = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    count = min(gpus, here or gpus)
+    torchrun = f"python -m torch.distributed.run --standalone --nproc-per-node {count} -m --"
+    return torchrun if count > 1 else "python -m"
+
+
+def process_rank() -> int:
+    """Return this process's number among those that torchrun started for one job, 0 without it."""
+    return int(os.environ.get("RANK", 0))
 
 
 def stage_main(stage: str, doc: str | None, work: Callable[[Recipes, str], Mapping[str, Any]], shards: str) -> None:
@@ -65,6 +91,8 @@ def stage_main(stage: str, doc: str | None, work: Callable[[Recipes, str], Mappi
         "--manifest", type=Path, help="where the caller expects the manifest; refused if that is not what would be made"
     )
     arguments = parser.parse_args()
+    if arguments.log and process_rank():
+        arguments.log = arguments.log.with_suffix(f".rank{process_rank()}.log")
     terminal = _log_to(arguments.log) if arguments.log else sys.stderr
     try:
         config = read_config(arguments)
@@ -76,7 +104,8 @@ def stage_main(stage: str, doc: str | None, work: Callable[[Recipes, str], Mappi
         _expect(job, config.results, arguments.manifest)
         content = work(recipes, arguments.shard)
         _expect(Recipes(config).job(stage, arguments.shard), config.results, config.results / job.manifest)
-        write_manifest(config.results, job, content)
+        if process_rank() == 0:
+            write_manifest(config.results, job, content)
     except StillhouseError as error:
         for stream in {terminal, sys.stderr}:
             print(f"{stage} {arguments.shard}: {error}", file=stream, flush=True)

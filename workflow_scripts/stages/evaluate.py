@@ -16,7 +16,7 @@ from workflow_scripts.evaluation.protocols import Recipe
 from workflow_scripts.evaluation.soft_labels import SoftLabels
 from workflow_scripts.evaluation.training import can_stack, train_students
 from workflow_scripts.recipes import Labels, Recipes, Training
-from workflow_scripts.stages.classifiers import Labelled, load_real, load_set, read_teacher, teacher_top1
+from workflow_scripts.stages.classifiers import Labelled, load_real, load_set, read_teacher, teacher_top1, train_side
 from workflow_scripts.stages.common import stage_main
 from workflow_scripts.stages.worker import environment, pick_device, progress
 from workflow_scripts.store.digests import PREFIX, digest
@@ -60,8 +60,8 @@ class Inputs:
 
     def set(self, training: Training, recipe: Recipe) -> Labelled:
         """Read an exported set; students of one set share it."""
-        key = (training.set, recipe.resolution, recipe.train_size)
-        return self._keep(f"set {training.set.seed}", key, lambda: load_set(self.recipes, training.set, recipe))
+        key = (training.set, train_side(self.recipes, recipe))
+        return self._keep(f"set {training.set.seed}", key, lambda: load_set(self.recipes, *key))
 
     def teacher(self, protocol: str, recipe: Recipe) -> torch.nn.Module:
         """Load a protocol's teacher."""

@@ -27,7 +27,9 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
 
     def compute(missing: list[Result]) -> Iterator[Computed]:
         dtype = getattr(torch, config.compute.dtype)
-        denoiser = Denoiser.load(recipes.backbone.path, device, dtype, compiled=config.compute.compile)
+        denoiser = Denoiser.load(
+            recipes.backbone.path, device, dtype, side=recipes.backbone.latent_side, compiled=config.compute.compile
+        )
         for result in missing:
             latents = torch.from_numpy(scaled_latents(recipes, result.class_name))
             yield result, *class_gaussian(denoiser, latents, result.recipe, config.compute.invert_batch)

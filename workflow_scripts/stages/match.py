@@ -96,7 +96,7 @@ def learn(recipes: Recipes, shard: str, missing: list[Result], device: torch.dev
     together = isinstance(method.objective, MTTObjective)
     results = recipes.stage_results("match", shard) if together else missing
     dtype = getattr(torch, config.compute.dtype)
-    denoiser = Denoiser.load(recipes.backbone.path, device, dtype)
+    denoiser = Denoiser.load(recipes.backbone.path, device, dtype, side=recipes.backbone.latent_side)
     autoencoder = Autoencoder.load(recipes.backbone.autoencoder, device, dtype)
     synthesiser = Synthesiser(denoiser, autoencoder, method.chain, method.chunk, method.checkpointing)
     owners = [(result.class_name, index) for result in results for index in range(wanted.ipc)]

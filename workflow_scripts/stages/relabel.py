@@ -13,7 +13,7 @@ from workflow_scripts.evaluation.augment import draw_epoch, epoch_generator
 from workflow_scripts.evaluation.soft_labels import SoftLabels
 from workflow_scripts.evaluation.training import batches
 from workflow_scripts.recipes import Recipes
-from workflow_scripts.stages.classifiers import load_set, read_teacher, teacher_top1
+from workflow_scripts.stages.classifiers import load_set, read_teacher, teacher_top1, train_side
 from workflow_scripts.stages.common import stage_main
 from workflow_scripts.stages.worker import environment, pick_device, progress
 
@@ -27,7 +27,8 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
         device = pick_device(recipes.config.compute.device)
         top1 = teacher_top1(recipes, labels.protocol)
         teacher = read_teacher(recipes, labels.protocol, recipe.resolution, device)
-        images, truth = (tensor.to(device) for tensor in load_set(recipes, labels.set, recipe))
+        side = train_side(recipes, recipe)
+        images, truth = (tensor.to(device) for tensor in load_set(recipes, labels.set, side))
         half = recipe.dtype == "bfloat16"
         missing = [epoch for epoch in range(recipe.epochs) if not stored.has(epoch)]
         began = time.monotonic()

@@ -7,14 +7,16 @@ method makes the images of a class one after another, as many classes as a batch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 
-from workflow_scripts.config import CoresetMethod, DiffusionMethod
+from workflow_scripts.config import Compute, CoresetMethod, DiffusionMethod
 from workflow_scripts.diffusion.backbone import Autoencoder, Denoiser
+from workflow_scripts.diffusion.checkpoint import Checkpoint
 from workflow_scripts.diffusion.noise import batch_noise, stream
 from workflow_scripts.diffusion.sampler import sample
 from workflow_scripts.diffusion.schedule import Grid, respace
@@ -23,6 +25,7 @@ from workflow_scripts.methods.coresets import collage, select
 from workflow_scripts.methods.manifoldgd import shared_latents
 from workflow_scripts.methods.registry import (
     ClassInputs,
+    find_candidate,
     is_greedy,
     is_joint,
     label_schedule_of,
@@ -76,32 +79,62 @@ def choose_real(recipes: Recipes, method: CoresetMethod, result: Result) -> Comp
 
 
 def synthesise(recipes: Recipes, name: str, missing: list[Result], device: torch.device) -> Iterator[Computed]:
-    """Sample the rows of all missing results, batch by batch, and yield each result when its rows are complete."""
-    config = recipes.config
-    method = config.methods[name]
+    """Generate missing results from what the store has of their classes."""
+    method = recipes.config.methods[name]
     assert isinstance(method, DiffusionMethod)
-    dtype = getattr(torch, config.compute.dtype)
-    denoiser = Denoiser.load(recipes.backbone.path, device, dtype, compiled=config.compute.compile)
-    autoencoder = Autoencoder.load(recipes.backbone.autoencoder, device, dtype)
-
-    def prepare(result: Result, grid: Grid) -> Rows:
-        inputs = class_inputs(recipes, name, result, denoiser)
-        return prepare_rows(method, inputs, grid, result.recipe["ipc"], result.recipe["seed"], device)
 
     def latents_of(class_name: str) -> torch.Tensor:
         return torch.from_numpy(scaled_latents(recipes, class_name)).to(device).flatten(1)
 
-    fixed = device.type == "cuda" or config.compute.compile
-    pool = latents_of if needs_pool(method) else None
+    yield from generate(
+        recipes.backbone,
+        method,
+        missing,
+        lambda result, denoiser: class_inputs(recipes, name, result, denoiser),
+        recipes.config.compute,
+        device,
+        latents_of if needs_pool(method) else None,
+    )
+
+
+def generate(
+    backbone: Checkpoint,
+    method: DiffusionMethod,
+    results: list[Result],
+    inputs_of: Callable[[Result, Denoiser], ClassInputs],
+    compute: Compute,
+    device: torch.device,
+    latents_of: Callable[[str], torch.Tensor] | None = None,
+) -> Iterator[Computed]:
+    """Sample the rows of all results, batch by batch, and yield each result when its rows are complete.
+
+    Args:
+        inputs_of: what the method needs to know of a result's class.
+        latents_of: see :func:`sample_results`.
+    """
+    dtype = getattr(torch, compute.dtype)
+    denoiser = Denoiser.load(backbone.path, device, dtype, side=backbone.latent_side, compiled=compute.compile)
+    autoencoder = Autoencoder.load(backbone.autoencoder, device, dtype)
+    candidates: dict[str, int] = {}
+
+    def prepare(result: Result, grid: Grid) -> Rows:
+        inputs, ipc, seed = inputs_of(result, denoiser), result.recipe["ipc"], result.recipe["seed"]
+        candidate = find_candidate(method, inputs, ipc, seed, device)
+        if candidate is not None:
+            candidates[result.digest] = candidate
+        return prepare_rows(method, replace(inputs, candidate=candidate), grid, ipc, seed, device)
+
+    fixed = device.type == "cuda" or compute.compile
     for result, latents in sample_results(
-        denoiser, method, missing, prepare, config.compute.sample_batch, fixed_shape=fixed, latents_of=pool
+        denoiser, method, results, prepare, compute.sample_batch, fixed_shape=fixed, latents_of=latents_of
     ):
         if not torch.isfinite(latents).all():
             raise DataError(
-                f"class {result.class_name}: {name} diverged to non-finite latents. Lower its guidance scale or cfg_scale."
+                f"class {result.class_name}: diverged to non-finite latents. Lower the method's guidance scale or cfg_scale."
             )
-        images = np.concatenate([autoencoder.decode(part) for part in latents.split(config.compute.encode_batch)])
-        yield result, {"images": images, "latents": latents.cpu().numpy()}, {}
+        images = np.concatenate([autoencoder.decode(part) for part in latents.split(compute.encode_batch)])
+        found = {"candidate": candidates[result.digest]} if result.digest in candidates else {}
+        yield result, {"images": images, "latents": latents.cpu().numpy()}, found
 
 
 def class_inputs(recipes: Recipes, name: str, result: Result, denoiser: Denoiser) -> ClassInputs:

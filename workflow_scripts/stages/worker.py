@@ -62,8 +62,14 @@ def _compute(
     began = time.monotonic()
     for result, arrays, extra in progress(compute(missing), len(missing), f"{stage} {shard}"):
         now = time.monotonic()
-        recipes.store.commit(result, arrays, {**info, "seconds": now - began, **extra})
+        recipes.store.commit(result, arrays, {**info, **_identity(recipes, result), "seconds": now - began, **extra})
         began = now
+
+
+def _identity(recipes: Recipes, result: Result) -> dict[str, Any]:
+    """Return which class a result is of, and its label in the backbone; experts are of no class."""
+    name = result.class_name
+    return {"class": name, "label": recipes.backbone.label_of(name)} if name in recipes.classes else {}
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -840,9 +840,11 @@ class Evaluation(ProtocolSettings):
         if len(set(self.protocols)) != len(self.protocols):
             raise ValueError(f"protocols holds a value twice: {list(self.protocols)}")
         ranking = self.dd_ranking
-        for name in (ranking.hard, ranking.own, ranking.plain) if ranking is not None else ():
-            if name is not None and name not in self.protocols:
-                raise ValueError(f"dd_ranking names {name!r}, which is none of protocols: {', '.join(self.protocols)}")
+        for ranked in (ranking.hard, ranking.own, ranking.plain) if ranking is not None else ():
+            if ranked is not None and ranked not in self.protocols:
+                raise ValueError(
+                    f"dd_ranking names {ranked!r}, which is none of protocols: {', '.join(self.protocols)}"
+                )
         for name in self.protocols:
             if self.preset(name).values["target"] != "hard" and self.value(name, "teacher") is None:
                 raise ValueError(

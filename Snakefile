@@ -25,6 +25,8 @@ include: "rules/experts.smk"
 include: "rules/sample.smk"
 include: "rules/match.smk"
 include: "rules/export.smk"
+include: "rules/teacher.smk"
+include: "rules/relabel.smk"
 include: "rules/evaluate.smk"
 include: "rules/report.smk"
 

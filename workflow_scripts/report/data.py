@@ -134,7 +134,8 @@ class ReportData:
 
     ``architectures`` maps the key that scores use to the name that readers see. ``protocols`` maps a protocol's name to
     its settings. Methods are drawn and listed in the order given. ``baselines`` are the methods that the others are
-    compared with in the leaderboard; those that the run does not hold are ignored.
+    compared with in the leaderboard; those that the run does not hold are ignored. ``summarised`` are keys of
+    ``architectures`` that are means over others, which no average counts again.
 
     Raises:
         ValueError: a score, sheet or map names a run, method, IPC or architecture that the report does not list.
@@ -157,6 +158,7 @@ class ReportData:
     environment: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     baselines: tuple[str, ...] = ("random", "dit")
+    summarised: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         methods = {method.name for method in self.methods}

@@ -108,9 +108,10 @@ def leaderboard(data: ReportData) -> list[LeaderboardRow]:
     for score in data.scores:
         grouped[score.protocol, score.ipc, score.method].append(score)
     protocols = dict.fromkeys(score.protocol for score in data.scores)
-    architectures = _architectures(data)
     rows = []
     for protocol in protocols:
+        architectures = _architectures(data, protocol)
+        averaged = [key for key in architectures if key not in data.summarised]
         for ipc in data.ipcs:
             for method in (info.name for info in data.methods):
                 scores = grouped.get((protocol, ipc, method), [])
@@ -118,11 +119,12 @@ def leaderboard(data: ReportData) -> list[LeaderboardRow]:
                     chosen = [score for score in scores if score.architecture == architecture]
                     if chosen:
                         rows.append(_row(protocol, ipc, method, architecture, [[score] for score in chosen]))
-                if len(architectures) > 1:
+                if len(averaged) > 1:
                     nets: dict[tuple[int, int], list[ScoreRow]] = defaultdict(list)
                     for score in scores:
-                        nets[score.seed, score.repeat].append(score)
-                    complete = [group for group in nets.values() if len(group) == len(architectures)]
+                        if score.architecture in averaged:
+                            nets[score.seed, score.repeat].append(score)
+                    complete = [group for group in nets.values() if len(group) == len(averaged)]
                     if complete:
                         rows.append(_row(protocol, ipc, method, AVERAGE, complete))
     return rows
@@ -130,13 +132,12 @@ def leaderboard(data: ReportData) -> list[LeaderboardRow]:
 
 def boards(data: ReportData) -> list[Board]:
     """Arrange the leaderboard in one table per protocol and IPC, and compare within each column."""
-    columns = _architectures(data)
-    if len(columns) > 1:
-        columns = (*columns, AVERAGE)
     by_board: dict[tuple[str, int], list[LeaderboardRow]] = defaultdict(list)
     for row in leaderboard(data):
         by_board[row.protocol, row.ipc].append(row)
-    return [_board(data, protocol, ipc, columns, rows) for (protocol, ipc), rows in by_board.items()]
+    columns = {protocol: _architectures(data, protocol) for protocol, _ in by_board}
+    columns = {name: (*keys, AVERAGE) if len(keys) > 1 else keys for name, keys in columns.items()}
+    return [_board(data, protocol, ipc, columns[protocol], rows) for (protocol, ipc), rows in by_board.items()]
 
 
 def csv_rows(data: ReportData) -> list[dict[str, Any]]:
@@ -197,8 +198,8 @@ def latex_escape(text: str) -> str:
     return "".join(special.get(character, character) for character in text)
 
 
-def _architectures(data: ReportData) -> tuple[str, ...]:
-    used = {score.architecture for score in data.scores}
+def _architectures(data: ReportData, protocol: str) -> tuple[str, ...]:
+    used = {score.architecture for score in data.scores if score.protocol == protocol}
     return tuple(key for key in data.architectures if key in used)
 
 

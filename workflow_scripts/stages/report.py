@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import yaml
 
-from workflow_scripts.config import DiffusionMethod
+from workflow_scripts.config import Architecture, DiffusionMethod
 from workflow_scripts.evaluation.architectures import display_name
 from workflow_scripts.methods.registry import ClassInputs, prototypes_of
 from workflow_scripts.recipes import CLASS_STAGES, Recipes, SampleSet, Training
@@ -53,9 +53,6 @@ def gather(recipes: Recipes) -> ReportData:
     """Read everything that the report shows."""
     config = recipes.config
     trainings = [t for method in config.compare for ipc in config.ipc for t in recipes.trainings(method, ipc)]
-    settings = config.evaluation
-    keys = {_key(architecture): architecture for architecture in settings.architectures}
-    example = recipes.student(trainings[0])
     records = [json.loads(recipes.training_path(training).read_text()) for training in trainings]
     dataset = config.dataset
     return ReportData(
@@ -73,14 +70,10 @@ def gather(recipes: Recipes) -> ReportData:
             for name, method in config.compared().items()
         ),
         ipcs=config.ipc,
-        architectures={
-            key: display_name(a.name, resolution=settings.resolution, width=a.width) for key, a in keys.items()
-        },
-        scores=tuple(_score(recipes, training, record) for training, record in zip(trainings, records, strict=True)),
-        protocols={
-            settings.protocol: {f.name: getattr(example, f.name) for f in fields(example) if f.name not in _VARYING}
-            | {"epochs": {ipc: recipes.epochs(ipc) for ipc in config.ipc}}
-        },
+        architectures=_architectures(recipes),
+        summarised=(UNSEEN,),
+        scores=_scores(recipes, trainings, records),
+        protocols={name: _protocol(recipes, name) for name in config.evaluation.protocols},
         stage_times=_stage_times(recipes, records),
         sheets=tuple(_sheet(recipes, method, ipc) for method in config.compare for ipc in config.ipc),
         maps=tuple(
@@ -93,7 +86,64 @@ def gather(recipes: Recipes) -> ReportData:
     )
 
 
-_VARYING = {"architecture", "width", "epochs", "seed", "classes"}
+_VARYING = {"architecture", "width", "epochs", "batch_size", "learning_rate", "seed", "classes"}
+_BY_CASE = ("epochs", "batch_size", "learning_rate")
+UNSEEN = "unseen"
+"""Key of the pseudo-architecture that has the mean over a cross-architecture protocol's unseen students."""
+
+
+def _protocol(recipes: Recipes, protocol: str) -> dict[str, Any]:
+    """Return a protocol's values as used; those that vary by IPC or student are mappings."""
+    architecture, ipcs = recipes.architectures(protocol)[0], recipes.config.ipc
+    example = recipes.student(Training(SampleSet(recipes.config.compare[0], ipcs[0], 0), architecture, 0, protocol))
+    values = {f.name: getattr(example, f.name) for f in fields(example) if f.name not in _VARYING}
+    for key in _BY_CASE:
+        by_student = {
+            student.name: {ipc: recipes.protocol_values(protocol, student.name, ipc)[key] for ipc in ipcs}
+            for student in recipes.architectures(protocol)
+        }
+        one, *others = by_student.values()
+        values[key] = one if all(other == one for other in others) else by_student
+    return values
+
+
+def _architectures(recipes: Recipes) -> dict[str, str]:
+    """Return each student's name in print by its key."""
+    shown = {}
+    for protocol in recipes.config.evaluation.protocols:
+        for student in recipes.architectures(protocol):
+            title = display_name(student.name, resolution=_resolution(recipes, protocol, student), width=student.width)
+            shown[_key(recipes, protocol, student)] = title
+        if unseen := _unseen(recipes, protocol):
+            shown[UNSEEN] = f"mean of {len(unseen)} unseen"
+    return shown
+
+
+def _resolution(recipes: Recipes, protocol: str, student: Architecture) -> int:
+    resolution: int = recipes.protocol_values(protocol, student.name, recipes.config.ipc[0])["resolution"]
+    return resolution
+
+
+def _unseen(recipes: Recipes, protocol: str) -> list[Architecture]:
+    names = recipes.config.evaluation.preset(protocol).unseen
+    return [student for student in recipes.architectures(protocol) if student.name in names]
+
+
+def _scores(recipes: Recipes, trainings: list[Training], records: list[dict[str, Any]]) -> tuple[ScoreRow, ...]:
+    """Return a row per training, and for cross-architecture protocols one per set and repeat with the mean of the unseen."""
+    rows = {training: _score(recipes, training, record) for training, record in zip(trainings, records, strict=True)}
+    means = []
+    for training, row in rows.items():
+        unseen = _unseen(recipes, training.protocol)
+        if unseen and training.architecture == unseen[0]:
+            others = [rows[replace(training, architecture=student)] for student in unseen]
+            mean = {
+                key: sum(getattr(other, key) for other in others) / len(others)
+                for key in ("top1_best", "top1_last", "top5_last")
+            }
+            total = {key: sum(getattr(other, key) for other in others) for key in ("images_seen", "seconds")}
+            means.append(replace(row, architecture=UNSEEN, curve=(), **mean, **total))
+    return (*rows.values(), *means)
 
 
 def _skipped(recipes: Recipes, trainings: list[dict[str, Any]]) -> tuple[SkippedImage, ...]:
@@ -104,8 +154,15 @@ def _skipped(recipes: Recipes, trainings: list[dict[str, Any]]) -> tuple[Skipped
     return (*train, *(SkippedImage(*bad) for bad in sorted(test)))
 
 
-def _key(architecture: Any) -> str:
-    return architecture.name if architecture.width is None else f"{architecture.name}-w{architecture.width}"
+def _key(recipes: Recipes, protocol: str, student: Architecture) -> str:
+    """Return a student's key, which names the resolution if the run's protocols have it at several."""
+    key = student.name if student.width is None else f"{student.name}-w{student.width}"
+    sizes = {
+        _resolution(recipes, name, student)
+        for name in recipes.config.evaluation.protocols
+        if student in recipes.architectures(name)
+    }
+    return f"{key}-{_resolution(recipes, protocol, student)}px" if len(sizes) > 1 else key
 
 
 def _score(recipes: Recipes, training: Training, record: Mapping[str, Any]) -> ScoreRow:
@@ -115,8 +172,8 @@ def _score(recipes: Recipes, training: Training, record: Mapping[str, Any]) -> S
         method=wanted.method,
         ipc=wanted.ipc,
         seed=wanted.seed,
-        protocol=recipes.config.evaluation.protocol,
-        architecture=_key(training.architecture),
+        protocol=training.protocol,
+        architecture=_key(recipes, training.protocol, training.architecture),
         repeat=training.repeat,
         set_digest=recipes.set_digest(wanted),
         curve=tuple((int(epoch), float(top1)) for epoch, top1 in record["curve"]),

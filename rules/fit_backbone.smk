@@ -9,11 +9,11 @@ rule fit_backbone:
         benchmark_file("fit_backbone")
     conda:
         "../envs/stillhouse.yaml"
-    threads: workflow.cores or 8
+    threads: workflow.resource_settings.cores or 8
     resources:
         gpu=get_fit_gpus,
         mem_mb=get_fit_memory,
-        runtime=get_minutes(240 if RUN.backbone.finetune is None else 720, 0, "fit_backbone"),
+        runtime=get_minutes("fit_backbone", 240 if RUN.backbone.finetune is None else 720, 0),
     params:
         resolved=get_resolved,
         launcher=get_launcher,

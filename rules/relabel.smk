@@ -13,7 +13,7 @@ rule relabel:
     resources:
         gpu=get_gpu,
         mem_mb=32000,
-        runtime=get_minutes(20, 2, "relabel"),
+        runtime=get_minutes("relabel", 20, 120),
     params:
         resolved=get_resolved,
     message:

@@ -13,7 +13,7 @@ rule report:
     resources:
         gpu=0,
         mem_mb=8000,
-        runtime=get_minutes(30, 0, "report"),
+        runtime=get_minutes("report", 30, 0),
     params:
         resolved=get_resolved,
     message:

@@ -13,7 +13,7 @@ rule teacher:
     resources:
         gpu=get_gpu,
         mem_mb=64000,
-        runtime=get_minutes(60, 660, "teacher"),
+        runtime=get_minutes("teacher", 60, 39600),
     params:
         resolved=get_resolved,
     message:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from workflow_scripts.config import Compute, load, read_document
 from workflow_scripts.data.preprocess import Resample
@@ -17,6 +18,9 @@ from workflow_scripts.operations.flops import ARCHITECTURES
 from workflow_scripts.operations.rehearse import FOLDER, rehearse
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import add_config_arguments, read_config
+
+if TYPE_CHECKING:
+    from workflow_scripts.operations.progress import Progress
 
 
 def main() -> None:
@@ -56,9 +60,62 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="print JSON")
     bench.set_defaults(command=_bench)
 
-    status = commands.add_parser("status", help="how far a run is")
-    status.add_argument("--json", action="store_true", help="print JSON")
+    status = commands.add_parser("status", help="how far a run is, how fast it goes, and which jobs work on it")
+    status.add_argument(
+        "--watch",
+        nargs="?",
+        type=float,
+        const=10.0,
+        metavar="SECONDS",
+        help="look again every so many seconds (default: 10) until the run is finished",
+    )
+    status.add_argument("--json", action="store_true", help="print JSON; with --watch, one line for each look")
+    status.add_argument(
+        "--html",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        metavar="FILE",
+        help="also write a page that reloads itself (default: results/RUN/status.html)",
+    )
     status.set_defaults(command=_status)
+
+    submit = commands.add_parser(
+        "submit",
+        help="send a run to a cluster: its controller as a small job, or what it misses as one array",
+        description="Show the plan and its cost, ask, and submit the controller (snakemake) as a job of its own, which goes on "
+        "after preemption and time limits.",
+    )
+    submit.add_argument(
+        "--compact",
+        action="store_true",
+        help="in place of the controller, one array of workers over all classes that miss something, whichever shards they "
+        "are in; then snakemake finds only the evaluation and the report left",
+    )
+    submit.add_argument(
+        "--workers", type=int, metavar="N", help="with --compact: how many (default: by the work there is)"
+    )
+    submit.add_argument(
+        "--cluster",
+        choices=("slurm", "local", "debug"),
+        default="slurm",
+        help="local: processes of this machine; debug: this process (default: slurm)",
+    )
+    submit.add_argument(
+        "--profile",
+        type=Path,
+        help="Snakemake profile (default: slurm_profile; the controller on this machine takes none)",
+    )
+    submit.add_argument("--partition", help="for what is submitted now (default: the profile's)")
+    submit.add_argument(
+        "--minutes",
+        type=int,
+        help="time limit, after which it goes on in a new job (default: a day, or by the work there is)",
+    )
+    submit.add_argument("--watch", action="store_true", help="show progress afterwards")
+    submit.add_argument("--yes", action="store_true", help="do not ask")
+    submit.add_argument("snakemake", nargs="*", metavar="-- OPTION", help="after --: further options of snakemake")
+    submit.set_defaults(command=_submit)
 
     methods = commands.add_parser("methods", help="the methods, their papers and their options")
     methods.add_argument("names", nargs="*", metavar="NAME", help="show every option of these methods")
@@ -83,6 +140,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_look(verify)
     verify.set_defaults(command=_verify)
+
+    again = commands.add_parser("retry", help="let classes that failed so often that they are set aside be tried again")
+    again.add_argument("classes", nargs="*", metavar="CLASS", help="these classes only")
+    again.set_defaults(command=_retry)
+
+    examine = commands.add_parser(
+        "doctor", help="whether this machine and its cluster are fit for a run, and what to set"
+    )
+    examine.add_argument("--profile", type=Path, default=Path("slurm_profile"), help="Snakemake profile to look at")
+    examine.add_argument("--json", action="store_true", help="print JSON")
+    examine.set_defaults(command=_doctor)
 
     collect = commands.add_parser("gc", help="list what no configured run refers to")
     collect.add_argument("--delete", action="store_true", help="remove it")
@@ -130,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     lock.set_defaults(command=_lock_recipes)
 
-    for command in (plan, bench, status, methods, protocols, ranking, verify, collect, export):
+    for command in (plan, bench, status, submit, methods, protocols, ranking, verify, again, examine, collect, export):
         add_config_arguments(command)
     return parser
 
@@ -284,9 +352,68 @@ def _tell_changed(recipes: Recipes) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from workflow_scripts.operations.show import status
+    from workflow_scripts.operations.status import status
 
-    status(_recipes(arguments), as_json=arguments.json)
+    recipes = _recipes(arguments)
+    config = recipes.config
+    page = config.results / config.run / "status.html" if arguments.html == Path() else arguments.html
+    with contextlib.suppress(KeyboardInterrupt):  # the end of watching
+        status(_progress(recipes), every=arguments.watch, as_json=arguments.json, page=page)
+    return 0
+
+
+def _progress(recipes: Recipes) -> Progress:
+    """Look at how far a run is, against the GPU-hours that it was planned to take."""
+    from workflow_scripts.operations.cost import cost
+    from workflow_scripts.operations.progress import Progress
+    from workflow_scripts.operations.survey import survey
+
+    planned = cost(recipes, survey(recipes))
+    return Progress(recipes, planned_gpu_hours=planned.whole.hours if planned.speeds.on_gpu else None)
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from workflow_scripts.operations import compact
+    from workflow_scripts.operations.show import plan
+    from workflow_scripts.operations.site_profile import Profile
+    from workflow_scripts.operations.status import status
+    from workflow_scripts.operations.submit import ask, describe, gpus_here, submit_controller, submit_packing, wait
+
+    if arguments.compact and arguments.snakemake:
+        raise StillhouseError("--compact starts no snakemake that could take further options")
+    recipes, cluster = _recipes(arguments), arguments.cluster
+    on_cluster = cluster == "slurm" or arguments.compact or arguments.profile is not None
+    profile = Profile.read(arguments.profile or Path("slurm_profile")) if on_cluster else None
+    plan(recipes, verbose=False, as_json=False)
+    if all((recipes.config.results / job.manifest).exists() for job in recipes.jobs()):
+        return 0
+    if arguments.compact:
+        assert profile is not None
+        seconds = compact.seconds_per_result(_progress(recipes).look(), profile)
+        most = int(profile.setting("jobs") or 64) if cluster == "slurm" else gpus_here() or 1
+        packing = compact.pack(recipes, seconds, most, arguments.workers)
+        print(compact.describe(packing))
+    if not (arguments.yes or ask("Submit?")):
+        return 1
+    if arguments.compact:
+        assert profile is not None
+        jobs = submit_packing(
+            recipes, packing, profile, cluster, minutes=arguments.minutes, partition=arguments.partition
+        )
+    else:
+        jobs = submit_controller(
+            recipes,
+            profile,
+            cluster,
+            minutes=arguments.minutes,
+            partition=arguments.partition,
+            extra=arguments.snakemake,
+        )
+    print(describe(jobs, recipes.config.run, cluster), flush=True)
+    wait(jobs, cluster)
+    if arguments.watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            status(_progress(recipes), every=10.0, as_json=False, page=None)
     return 0
 
 
@@ -319,6 +446,23 @@ def _verify(arguments: argparse.Namespace) -> int:
     print("\n".join(found) if found else "Everything that is there is whole.")
     changed = _tell_changed(recipes) if arguments.look == "deep" else 0
     return 1 if found else changed
+
+
+def _retry(arguments: argparse.Namespace) -> int:
+    from workflow_scripts.operations.retry import explain, retry
+
+    for one in (found := retry(_recipes(arguments), arguments.classes)):
+        print(explain(one))
+    print(f"{len(found)} will be tried again: run the same snakemake command." if found else "Nothing has failed.")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from workflow_scripts.operations.doctor import examine, show
+
+    checks = examine(lambda: read_config(arguments), arguments.profile)
+    show(checks, as_json=arguments.json)
+    return 1 if any(check.status == "fail" for check in checks) else 0
 
 
 def _gc(arguments: argparse.Namespace) -> int:

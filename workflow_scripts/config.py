@@ -883,6 +883,9 @@ class Compute(Strict):
         description="what plan counts hours of, such as h100; default: the device that stillhouse bench measured last",
     )
     price_per_gpu_hour: PositiveFloat | None = Field(None, description="in any currency; plan multiplies it")
+    attempts: PositiveInt = Field(
+        3, description="failures of a class after which it is set aside, until `stillhouse retry`"
+    )
 
 
 class Report(Strict):

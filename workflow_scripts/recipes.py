@@ -7,7 +7,7 @@ the result that its recipe names does not exist.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, wraps
 from pathlib import Path
@@ -51,6 +51,17 @@ RECIPES = {
     "report": 1,
 }
 CLASS_STAGES = ("encode", "cluster", "invert", "experts", "sample", "match")
+GPU_STAGES = (
+    "fit_backbone",
+    "encode",
+    "invert",
+    "experts",
+    "sample",
+    "match",
+    "teacher",
+    "relabel",
+    "evaluate",
+)  # those that use a GPU
 # Of a training, what stored soft labels depend on.
 _LABELLED = (
     *("resolution", "classes", "epochs", "batch_size", "train_size", "patches", "crop_scale", "flip", "jitter"),
@@ -81,6 +92,13 @@ class Training:
     architecture: Architecture
     repeat: int
     protocol: str
+
+    @property
+    def name(self) -> str:
+        """What it is called for people."""
+        made = self.set
+        cell = f"{made.method} IPC {made.ipc} seed {made.seed}"
+        return f"{cell} {self.protocol} {self.architecture.name} repeat {self.repeat}"
 
 
 @dataclass(frozen=True)
@@ -538,7 +556,11 @@ class Recipes:
 
     def training_path(self, training: Training) -> Path:
         """Return the file that holds a training's score."""
-        return self.store.root / "evaluate" / f"{digest(self.training_recipe(training))[:PREFIX]}.json"
+        return self.store.root / f"{self.training_place(training)}.json"
+
+    def training_place(self, training: Training) -> str:
+        """Return what identifies a training below the store's root."""
+        return f"evaluate/{digest(self.training_recipe(training))[:PREFIX]}"
 
     # ---------------------------------------------------------------- teachers and stored labels
 
@@ -932,3 +954,25 @@ class Recipes:
             side = self.backbone.latent_side
             if side is not None and side % pool:
                 raise ConfigError(f"{place}.pool: got {pool}, which does not divide the {side}x{side} latents")
+
+
+PACK = "pack"
+
+
+class Pack(Recipes):
+    """Some classes of a run, whichever shards they are in, as one shard that is called ``pack``."""
+
+    def __init__(self, config: RunConfig, classes: Sequence[str]):
+        super().__init__(config)
+        if unknown := sorted(set(classes) - set(self.classes)):
+            raise ConfigError(f"class {unknown[0]}: is not one of the {len(self.classes)} classes of run {config.run}")
+        self._packed = sorted(set(classes))
+
+    @property
+    def shards(self) -> list[str]:
+        """The one shard."""
+        return [PACK]
+
+    def shard_classes(self, shard: str) -> list[str]:
+        """Return the classes that were named."""
+        return self._packed

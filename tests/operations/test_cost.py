@@ -202,9 +202,9 @@ def a_bench(device: str, created: str, **keys: Any) -> Bench:
 
 
 def test_the_device_is_the_configured_or_the_last_measured(tmp_path: Path) -> None:
-    def chosen(**keys: Any) -> Speeds:
+    def chosen(network: str = "net-2026-01-04", **keys: Any) -> Speeds:
         compute = SHIPPED.compute.model_copy(update=keys)
-        return choose_speeds(SHIPPED.model_copy(update={"results": tmp_path, "compute": compute}))
+        return choose_speeds(SHIPPED.model_copy(update={"results": tmp_path, "compute": compute}), network)
 
     assert (chosen().device, chosen().on_gpu, chosen(gpu="a100").device) == ("H100", True, "A100")
     assert not chosen(gpu="abacus").matmul and "abacus" in chosen(gpu="abacus").device
@@ -217,5 +217,6 @@ def test_the_device_is_the_configured_or_the_last_measured(tmp_path: Path) -> No
     assert set(chosen(device="cuda").rows) == {"encode 2026-01-03", "encode 2026-01-02"}
     assert chosen(gpu="a100").device == "NVIDIA A100-SXM4"
     assert not chosen().on_gpu and "quickly" in chosen().source
+    assert chosen("another").device == "NVIDIA H200", "a small network on a laptop says nothing of a large one"
     (tmp_path / "cache" / "bench" / "torn.json").write_text('{"device": ')
     assert len(read_benches(tmp_path)) == 4

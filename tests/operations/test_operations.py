@@ -11,7 +11,8 @@ import pytest
 import support
 import yaml
 
-from workflow_scripts.operations import gc, recipe_lock, show, verify
+from workflow_scripts.operations import gc, recipe_lock, show, status, verify
+from workflow_scripts.operations.progress import Progress
 from workflow_scripts.operations.survey import survey
 from workflow_scripts.recipes import CLASS_STAGES, Recipes, SampleSet
 from workflow_scripts.stages.common import resolved_path, write_resolved
@@ -31,9 +32,9 @@ def test_a_finished_run_has_nothing_missing(copied: support.Site, capsys: pytest
     assert all(not stage.missing and not stage.jobs_to_run for stage in survey(recipes))
     show.plan(recipes, verbose=True, as_json=False)
     assert "Nothing to run." in capsys.readouterr().out
-    show.status(recipes, as_json=True)
+    status.status(Progress(recipes), every=None, as_json=True, page=None)
     stages = {stage["stage"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
-    assert stages["encode"]["valid"] == 3 and stages["encode"]["missing"] == 0
+    assert stages["encode"]["done"] == 3 and stages["encode"]["missing"] == 0
 
 
 def test_plan_says_which_classes_are_missing_and_why(copied: support.Site, capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,12 +254,13 @@ def test_the_console_command(copied: support.Site) -> None:
     assert "Traceback" not in failed.stderr
 
 
-def test_the_console_command_plans_without_torch(copied: support.Site) -> None:
+def test_the_console_command_looks_and_submits_without_torch(copied: support.Site) -> None:
     script = (
         "import sys, runpy\n"
-        f"sys.argv = ['stillhouse', 'plan', '--config', {str(copied.results.parent / 'overlay.yaml')!r}]\n"
-        "try: runpy.run_module('workflow_scripts.cli', run_name='__main__')\n"
-        "except SystemExit as end: assert not end.code, end.code\n"
+        "for command in (['plan'], ['status'], ['submit', '--cluster', 'local', '--compact']):\n"
+        f"    sys.argv = ['stillhouse', *command, '--config', {str(copied.results.parent / 'overlay.yaml')!r}]\n"
+        "    try: runpy.run_module('workflow_scripts.cli', run_name='__main__')\n"
+        "    except SystemExit as end: assert not end.code, end.code\n"
         "heavy = {'torch', 'diffusers', 'sklearn', 'zarr', 'torchvision', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -104,6 +104,20 @@ def test_any_array_is_read_back_to_the_bit(array: np.ndarray, store: Store) -> N
     assert again.tobytes() == array.tobytes()
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["zip", "folder per array"])
+def test_an_array_is_mapped_without_reading_it_whole(packed: bool, committed: Store) -> None:
+    if not packed:
+        unpack(committed.path(result()))
+    for name, array in ARRAYS.items():
+        mapped = committed.mapped(result(), name)
+        assert isinstance(mapped, np.memmap) and mapped.dtype == array.dtype
+        np.testing.assert_array_equal(mapped, array)
+        np.testing.assert_array_equal(mapped[[2, 0]], array[[2, 0]])
+    for wanted, name in ((result(), "other"), (result("bee"), "images")):
+        with pytest.raises(StoreError, match="stillhouse verify"):
+            committed.mapped(wanted, name)
+
+
 def test_the_record_says_where_a_result_comes_from(committed: Store) -> None:
     record = committed.record(result())
     assert record == committed.read(result()).record

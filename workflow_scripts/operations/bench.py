@@ -51,6 +51,7 @@ from workflow_scripts.operations.cost import sampled_rows
 from workflow_scripts.operations.flops import ARCHITECTURES
 from workflow_scripts.operations.speeds import Bench, Measurement, Task, Tasks
 from workflow_scripts.recipes import Recipes, student_recipe, students_of
+from workflow_scripts.stages.memory import Batch
 from workflow_scripts.stages.sample import Rows, sample_results
 from workflow_scripts.stages.worker import pick_device, progress, quiet_libraries
 from workflow_scripts.store.results import Result
@@ -398,10 +399,13 @@ class Subject:
         rows = sampled_rows(method, [ipc] * count, batch, fixed_shape=fixed)
 
         def call() -> None:
+            size = Batch(batch)
             for _ in sample_results(
-                self.denoiser, method, results, prepare, batch, fixed_shape=fixed, latents_of=latents_of
+                self.denoiser, method, results, prepare, size, fixed_shape=fixed, latents_of=latents_of
             ):
                 pass
+            if size.size < batch:
+                raise torch.OutOfMemoryError
 
         yield task, self.row(f"sample {name}", call, rows, batch, task.flop, "compute.sample_batch")
 

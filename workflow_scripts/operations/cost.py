@@ -102,7 +102,7 @@ class Cost:
 
 def cost(recipes: Recipes, surveys: Iterable[StageSurvey]) -> Cost:
     """Return what a surveyed run costs on the device that it is planned for."""
-    ledger = Ledger(recipes, choose_speeds(recipes.config))
+    ledger = Ledger(recipes)
     stages = [
         StageCost(
             stage.stage,
@@ -122,7 +122,11 @@ class Ledger:
     """Adds up a run's work."""
 
     recipes: Recipes
-    speeds: Speeds
+
+    @cached_property
+    def speeds(self) -> Speeds:
+        """Those of the device that the run is planned for."""
+        return choose_speeds(self.recipes.config, self.tasks.network)
 
     @cached_property
     def tasks(self) -> Tasks:

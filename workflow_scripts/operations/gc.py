@@ -13,6 +13,7 @@ from workflow_scripts.operations.verify import QUARANTINE
 from workflow_scripts.recipes import CLASS_STAGES, Recipes
 from workflow_scripts.stages.common import resolved_path
 from workflow_scripts.stages.publish import report_folder
+from workflow_scripts.store.attempts import Attempts
 from workflow_scripts.store.files import TEMPORARY
 from workflow_scripts.store.results import RECORD
 
@@ -23,7 +24,7 @@ CONFIG_AGE = 30 * LEFTOVER_AGE
 
 def referenced(recipes: Recipes) -> Iterator[Path]:
     """Yield every path below the results directory that a run needs."""
-    results = recipes.config.results
+    results, attempts = recipes.config.results, Attempts(recipes.store.root / "attempts")
     yield resolved_path(recipes.config)
     yield from recipes.catalog.notes()
     yield from notes_of(recipes.backbone, results / CACHE)
@@ -32,11 +33,15 @@ def referenced(recipes: Recipes) -> Iterator[Path]:
         if job.stage == "match":
             yield recipes.checkpoint(job.shard)
         if job.stage in CLASS_STAGES:
-            yield from map(recipes.store.path, recipes.stage_results(job.stage, job.shard))
+            for result in recipes.stage_results(job.stage, job.shard):
+                yield recipes.store.path(result)
+                yield attempts.path(result.place)
         elif job.stage == "export":
             yield from map(recipes.set_directory, recipes.sets(job.shard))
         elif job.stage == "evaluate":
-            yield from map(recipes.training_path, recipes.trainings_of(job.shard))
+            for training in recipes.trainings_of(job.shard):
+                yield recipes.training_path(training)
+                yield attempts.path(recipes.training_place(training))
         elif job.stage == "teacher":
             weights = recipes.teacher_weights(job.shard)
             yield from (recipes.teacher_record(job.shard), weights, weights.with_name(f"{weights.stem}.checkpoints"))
@@ -78,7 +83,7 @@ def size(path: Path) -> int:
 def _collectable(results: Path) -> Iterator[Path]:
     store = results / "store"
     own = ("evaluate/*", "evaluate.checkpoints/*", "backbones/*", "match.checkpoints/*", "teachers/*", "labels/*")
-    for pattern in ("*.zarr/*/*", *own, f"{QUARANTINE}/*"):
+    for pattern in ("*.zarr/*/*", *own, f"{QUARANTINE}/*", "attempts/**/*.json", "claims/**/*.json"):
         yield from sorted(store.glob(pattern))
     for pattern in ("datasets/*", "manifests/*/*", "*/reports/*"):
         yield from sorted(results.glob(pattern))
@@ -87,12 +92,13 @@ def _collectable(results: Path) -> Iterator[Path]:
 
 def _settled(results: Path, path: Path) -> bool:
     place = path.relative_to(results).parts
+    working = path.name.startswith(TEMPORARY) or ".checkpoints" in (path.suffix, path.parent.suffix)
     if place[:2] == (CACHE, "configs"):
         age = CONFIG_AGE
     elif (
         place[0] == CACHE
-        or path.name.startswith(TEMPORARY)
-        or ".checkpoints" in (path.suffix, path.parent.suffix)
+        or working
+        or "claims" in place
         or (path.parent.name == "labels" and not (path / RECORD).exists())
     ):
         age = LEFTOVER_AGE

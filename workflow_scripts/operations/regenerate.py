@@ -371,7 +371,7 @@ def _sample(
         )
 
     info = {**environment(str(device)), "licences": dict(checkpoint.licences)}
-    made = generate(checkpoint, packed.method, missing, inputs_of, compute, device)
+    made = generate(checkpoint, packed.method, inputs_of, compute, device)(missing)
     for result, arrays, extra in progress(made, len(missing), f"regenerate ipc{ipc} seed{seed}", "class"):
         yield result, {"images": arrays["images"]}, {**info, **extra}
 

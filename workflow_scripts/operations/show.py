@@ -1,19 +1,19 @@
-"""``stillhouse plan`` and ``stillhouse status``: a survey of a run, for people and as JSON."""
+"""``stillhouse plan``: a survey of a run, for people and as JSON."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from workflow_scripts.operations.cost import Bill, Cost, cost
+from workflow_scripts.operations.retry import explain, set_aside
 from workflow_scripts.operations.survey import StageSurvey, survey
 from workflow_scripts.recipes import Recipes
-from workflow_scripts.stages.publish import publish
 
 
 def plan(recipes: Recipes, *, verbose: bool, as_json: bool) -> None:
@@ -25,6 +25,7 @@ def plan(recipes: Recipes, *, verbose: bool, as_json: bool) -> None:
             "run": recipes.config.run,
             "images": recipes.catalog.describe(),
             "stages": [_as_dict(stage) for stage in surveys],
+            "set_aside": [asdict(one) for one in set_aside(recipes)],
             "cost": _cost_as_dict(costs),
         }
         print(json.dumps(content, indent=1))
@@ -51,6 +52,7 @@ def plan(recipes: Recipes, *, verbose: bool, as_json: bool) -> None:
         for stage in surveys:
             for item in stage.missing:
                 console.print(f"{stage.stage:12} {item.job:28} {item.of}: {item.why}", highlight=False, soft_wrap=True)
+    _tell_set_aside(console, recipes)
     jobs = sum(stage.jobs_to_run for stage in surveys)
     _show_cost(console, costs)
     console.print(f"{jobs} jobs to run." if jobs else "Nothing to run.")
@@ -132,42 +134,20 @@ def _cost_as_dict(costs: Cost) -> dict[str, Any]:
     }
 
 
-def status(recipes: Recipes, *, as_json: bool) -> None:
-    """Print how far a run is, from what exists."""
-    surveys = survey(recipes)
-    if as_json:
-        print(
-            json.dumps(
-                {"run": recipes.config.run, "stages": [_as_dict(stage, items=False) for stage in surveys]}, indent=1
-            )
-        )
-        return
-    console = Console()
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("stage", "done", "of", ""):
-        table.add_column(heading, justify="right" if heading in ("done", "of") else "left")
-    for stage in surveys:
-        done, count = len(stage.items) - len(stage.missing), len(stage.items)
-        full = round(30 * done / max(count, 1))
-        table.add_row(
-            stage.stage,
-            str(done),
-            str(count),
-            Text("█" * full, style="green") + Text("░" * (30 - full), style="grey50"),
-        )
-    console.print(f"Run [bold]{recipes.config.run}[/]")
-    console.print(table)
-    page = publish(recipes.config, recipes.job("report", "report"))
-    console.print(f"Report: {page}" if page else "No report yet.")
+def _tell_set_aside(console: Console, recipes: Recipes) -> None:
+    if aside := set_aside(recipes):
+        console.print("[bold red]Set aside[/], until `stillhouse retry`:")
+        for one in aside:
+            console.print(f"  {explain(one)}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _as_dict(stage: StageSurvey, *, items: bool = True) -> dict[str, Any]:
-    counts = {
+def _as_dict(stage: StageSurvey) -> dict[str, Any]:
+    missing = [{"job": item.job, "of": item.of, "exists": item.exists, "why": item.why} for item in stage.missing]
+    return {
         "stage": stage.stage,
         "valid": len(stage.items) - len(stage.missing),
         "missing": len(stage.missing),
         "jobs": stage.jobs,
         "jobs_to_run": stage.jobs_to_run,
+        "missing_items": missing,
     }
-    missing = [{"job": item.job, "of": item.of, "exists": item.exists, "why": item.why} for item in stage.missing]
-    return counts | ({"missing_items": missing} if items else {})

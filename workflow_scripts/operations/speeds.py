@@ -333,13 +333,16 @@ def _alike(key: str, task: Task) -> bool:
     }
 
 
-def choose_speeds(config: RunConfig) -> Speeds:
+def choose_speeds(config: RunConfig, network: str) -> Speeds:
     """Return the speeds of the device that a run is planned for.
 
-    That is ``compute.gpu``, or the device measured last, or an H100. What was measured on it counts, the newest first.
+    That is ``compute.gpu``, or the device measured last, or an H100. What was measured on it counts, the newest first. Of a CPU
+    nothing counts for a run of another ``network`` than was measured there, unless the run is to use a CPU.
     """
     compute, wanted = config.compute, config.compute.gpu
     benches = [b for b in read_benches(config.results) if compute.device in ("auto", b.kind)]
+    if compute.device == "auto":
+        benches = [bench for bench in benches if bench.kind == "cuda" or bench.network == network]
     if wanted is not None:
         benches = [bench for bench in benches if _slug(wanted) in _slug(bench.device)]
     if benches:

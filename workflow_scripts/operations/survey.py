@@ -81,7 +81,7 @@ def _items(recipes: Recipes, stage: str, shard: str, neighbours: Neighbours | No
         for result in recipes.stage_results(stage, shard):
             there = recipes.store.exists(result)
             why = None if there or neighbours is None else reason(result, neighbours(recipes.store.path(result).parent))
-            yield result.place, Item(shard, _name(result), there, why, result)
+            yield result.place, Item(shard, result.name, there, why, result)
     elif stage == "export":
         for wanted in recipes.sets(shard):
             folder = recipes.set_directory(wanted)
@@ -90,12 +90,7 @@ def _items(recipes: Recipes, stage: str, shard: str, neighbours: Neighbours | No
     elif stage == "evaluate":
         for training in recipes.trainings_of(shard):
             path = recipes.training_path(training)
-            made = training.set
-            of = (
-                f"{made.method} IPC {made.ipc} seed {made.seed} {training.protocol} {training.architecture.name} "
-                f"repeat {training.repeat}"
-            )
-            yield str(path), _item(shard, of, path.exists(), training)
+            yield str(path), _item(shard, training.name, path.exists(), training)
     elif stage == "teacher":
         path = recipes.teacher_record(shard)
         yield str(path), _item(shard, shard, path.exists())
@@ -113,18 +108,6 @@ def _items(recipes: Recipes, stage: str, shard: str, neighbours: Neighbours | No
 
 def _item(job: str, of: str, exists: bool, thing: SampleSet | Training | Labels | None = None) -> Item:
     return Item(job, of, exists, None if exists else "not made yet", thing)
-
-
-def _name(result: Result) -> str:
-    recipe = result.recipe
-    details = (
-        [f"IPC {recipe['ipc']}", f"seed {recipe['seed']}"]
-        if "ipc" in recipe
-        else [f"k {recipe['k']}"]
-        if "k" in recipe
-        else []
-    )
-    return " ".join([result.class_name, *details])
 
 
 def reason(result: Result, neighbours: Sequence[Mapping[str, Any]]) -> str:

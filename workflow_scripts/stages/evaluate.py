@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from workflow_scripts.evaluation.training import can_stack, train_students
 from workflow_scripts.recipes import Labels, Recipes, Training
 from workflow_scripts.stages.classifiers import Labelled, load_real, load_set, read_teacher, teacher_top1, train_side
 from workflow_scripts.stages.common import stage_main
-from workflow_scripts.stages.worker import environment, pick_device, progress
+from workflow_scripts.stages.worker import Loop, environment, pick_device
 from workflow_scripts.store.digests import PREFIX, digest
 from workflow_scripts.store.files import write_atomically
 
@@ -31,12 +32,29 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     """Run one job's trainings that have no score yet."""
     trainings = recipes.trainings_of(shard)
     missing = [training for training in trainings if not recipes.training_path(training).exists()]
+
+    @cache
+    def inputs() -> Inputs:
+        return Inputs(recipes, pick_device(recipes.config.compute.device))
+
+    def compute(waiting: Iterator[Training]) -> Iterator[tuple[Training, dict[str, Any]]]:
+        for group in _groups(recipes, waiting, inputs().device):
+            yield from evaluate(recipes, group, inputs())
+
+    def commit(made: tuple[Training, dict[str, Any]], _: float) -> None:
+        write_atomically(recipes.training_path(made[0]), json.dumps(made[1]))
+
     if missing:
-        device = pick_device(recipes.config.compute.device)
-        inputs = Inputs(recipes, device)
-        groups = list(_groups(recipes, missing, device))
-        for group in progress(groups, len(groups), f"evaluate {shard}", "training"):
-            evaluate(recipes, group, inputs)
+        loop = Loop(
+            recipes,
+            "evaluate",
+            shard,
+            place=recipes.training_place,
+            name=lambda training: training.name,
+            exists=lambda training: recipes.training_path(training).exists(),
+            commit=commit,
+        )
+        loop.run(missing, len(trainings), compute)
     return {"scores": [str(recipes.training_path(t).relative_to(recipes.config.results)) for t in trainings]}
 
 
@@ -76,7 +94,7 @@ class Inputs:
         return self._kept[place][1]
 
 
-def _groups(recipes: Recipes, trainings: Sequence[Training], device: torch.device) -> Iterator[list[Training]]:
+def _groups(recipes: Recipes, trainings: Iterable[Training], device: torch.device) -> Iterator[list[Training]]:
     """Part trainings, in order, into those that share their steps: of one recipe but for the seed, small, on a GPU."""
     configured = recipes.config.compute.students_at_once
     group: list[Training] = []
@@ -95,11 +113,12 @@ def _groups(recipes: Recipes, trainings: Sequence[Training], device: torch.devic
             yield group
             group = []
         group.append(training)
-    yield group
+    if group:
+        yield group
 
 
-def evaluate(recipes: Recipes, group: Sequence[Training], inputs: Inputs) -> None:
-    """Train classifiers at once and write their scores, each with everything that determines it."""
+def evaluate(recipes: Recipes, group: Sequence[Training], inputs: Inputs) -> Iterator[tuple[Training, dict[str, Any]]]:
+    """Train classifiers at once and yield their scores, each with everything that determines it."""
     students = [recipes.student(training) for training in group]
     first, recipe, device = group[0], students[0], inputs.device
     soft: dict[str, Any] = {}
@@ -147,7 +166,7 @@ def evaluate(recipes: Recipes, group: Sequence[Training], inputs: Inputs) -> Non
             "confusion": score.confusion,
             "skipped": [{"class": bad.class_name, "path": bad.path, "reason": bad.reason} for bad in inputs.skipped],
         }
-        write_atomically(recipes.training_path(training), json.dumps(record))
+        yield training, record
     checkpoint.unlink(missing_ok=True)
 
 

@@ -12,11 +12,13 @@ import json
 import shutil
 import time
 import uuid
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from struct import unpack
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,14 @@ class Result:
     def digest(self) -> str:
         """SHA-256 of the recipe, in hexadecimal."""
         return digest(self.recipe)
+
+    @property
+    def name(self) -> str:
+        """What it is called for people: its class, and what else tells it from the stage's other results of that class."""
+        recipe = self.recipe
+        if "ipc" in recipe:
+            return f"{self.class_name} IPC {recipe['ipc']} seed {recipe['seed']}"
+        return f"{self.class_name} k {recipe['k']}" if "k" in recipe else self.class_name
 
     @property
     def place(self) -> str:
@@ -161,17 +171,16 @@ class Store:
         Raises:
             StoreError: if it is not there, or is damaged.
         """
-        path = self.path(result) / name
+        path = self.path(result)
         try:
-            about = json.loads((path / RECORD).read_text())
+            about, file, offset, size = _chunk(path, name)
             shape, kind = about["shape"], np.dtype(about["data_type"])
-            chunk = path / ".".join(["c", *("0" for _ in shape)])  # the only one, as commit writes it
-            if chunk.stat().st_size != kind.itemsize * prod(shape):
+            if size != kind.itemsize * prod(shape):
                 raise ValueError("its size is not that of its shape")
-            return np.memmap(chunk, dtype=kind, mode="r", shape=tuple(shape))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return np.memmap(file, dtype=kind, mode="r", offset=offset, shape=tuple(shape))
+        except Exception as error:  # as in read
             raise StoreError(
-                f"{path}: {result.stage} of class {result.class_name} cannot be read ({error!r}). {_REMEDY}"
+                f"{path}/{name}: {result.stage} of class {result.class_name} cannot be read ({error!r}). {_REMEDY}"
             ) from error
 
     def record(self, result: Result) -> dict[str, Any]:
@@ -209,6 +218,29 @@ def checksum(array: np.ndarray) -> str:
     sha256 = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
     sha256.update(np.ascontiguousarray(array).data)
     return sha256.hexdigest()
+
+
+def _chunk(path: Path, name: str) -> tuple[dict[str, Any], Path, int, int]:
+    """Return an array's description, and the file, offset and size of its only chunk, which is not compressed."""
+    if not (path / ARRAYS).exists():
+        about = json.loads((path / name / RECORD).read_text())
+        file = path / name / _key(about)
+        return about, file, 0, file.stat().st_size
+    with zipfile.ZipFile(path / ARRAYS) as packed, (path / ARRAYS).open("rb") as file_of_all:
+        about = json.loads(packed.read(f"{name}/{RECORD}"))
+        member = packed.getinfo(f"{name}/{_key(about)}")
+        # The member's own header has 30 bytes, of which the last four are the lengths of its name and of an extra field.
+        file_of_all.seek(member.header_offset + 26)
+        return (
+            about,
+            path / ARRAYS,
+            member.header_offset + 30 + sum(unpack("<HH", file_of_all.read(4))),
+            member.file_size,
+        )
+
+
+def _key(about: Mapping[str, Any]) -> str:
+    return ".".join(["c", *("0" for _ in about["shape"])])
 
 
 def _rename_unless_there(temporary: Path, final: Path) -> None:

@@ -660,6 +660,12 @@ class Evaluation(Strict):
     lighting: NonNegativeFloat = 0.1
     cutmix: Fraction = Field(1.0, description="chance of CutMix per batch")
     trainings_per_job: PositiveInt = 1
+    set_metrics: bool = Field(True, description="measure each distilled set against the real images, without training")
+    inception: Path | None = Field(
+        None,
+        description="weights of Inception-v3, for FID and KID: torch-fidelity's or pytorch-fid's file, or torchvision's "
+        "(which give other numbers, called otherwise); default: sets are measured on VAE latents",
+    )
 
     @model_validator(mode="after")
     def _range(self) -> Evaluation:

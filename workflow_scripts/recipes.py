@@ -31,13 +31,14 @@ from workflow_scripts.diffusion.checkpoint import TIMESTEPS, Checkpoint, open_ch
 from workflow_scripts.diffusion.schedule import offset_timesteps, spaced_timesteps
 from workflow_scripts.errors import ConfigError, DataError
 from workflow_scripts.evaluation.protocols import Recipe, hard_label_settings, published_epochs
-from workflow_scripts.store.digests import PREFIX, digest
+from workflow_scripts.store.digests import PREFIX, digest, file_digests
 from workflow_scripts.store.results import Result, Store
 
 # Raised when the meaning of a stage's results changes; recipes.lock.json keeps a hash of the code each number stands for.
 RECIPES = {
     "fit_backbone": 1,
     "encode": 1,
+    "features": 1,
     "cluster": 1,
     "invert": 1,
     "experts": 1,
@@ -45,10 +46,11 @@ RECIPES = {
     "match": 1,
     "export": 1,
     "evaluate": 1,
-    "report": 1,
+    "measure": 1,
+    "report": 2,
 }
 PROTOCOLS = {"hard-sgd": partial(hard_label_settings, "sgd"), "hard-adamw": partial(hard_label_settings, "adamw")}
-CLASS_STAGES = ("encode", "cluster", "invert", "experts", "sample", "match")
+CLASS_STAGES = ("encode", "features", "cluster", "invert", "experts", "sample", "match")
 # What of a matching method changes how long it takes, or is in the digests of its experts.
 _MATTERS_OF_SPEED: dict[str, Any] = {
     **dict.fromkeys(("summary", "paper", "chunk", "checkpointing", "checkpoint_every", "experts_per_job"), True),
@@ -179,6 +181,33 @@ class Recipes:
             flip=self.config.encode.flip,
             vae=self.backbone.vae,
             dtype=self.config.compute.dtype,
+        )
+
+    @cached_property
+    def feature_space(self) -> dict[str, str]:
+        """In which features sets are measured: their ``name``, and the identity of the ``weights`` that give them.
+
+        Raises:
+            ConfigError: the weights are not there.
+        """
+        path = self.config.evaluation.inception
+        if path is None:
+            return {"name": "latents", "weights": self.backbone.vae}
+        if not path.is_file():
+            raise ConfigError(f"evaluation.inception: got {path}, which is not a file; leave it out to measure on latents")
+        return {"name": "inception", "weights": file_digests([path], self.config.results / "cache")[0]}
+
+    @remembered
+    def real_features(self, class_name: str) -> Result:
+        """The features (n, d) float32 of a class's real images; on latents, what encoding made of them."""
+        if self.feature_space["name"] == "latents":
+            return self.latents(class_name)
+        return self._result(
+            "features",
+            class_name,
+            images=self.catalog.fingerprint(class_name, "train"),
+            preprocessing=self._preprocessing,
+            space=self.feature_space,
         )
 
     @remembered
@@ -440,6 +469,25 @@ class Recipes:
         """Return the file that holds a training's score."""
         return self.store.root / "evaluate" / f"{digest(self.training_recipe(training))[:PREFIX]}.json"
 
+    def measure_recipe(self, wanted: SampleSet) -> dict[str, Any]:
+        """Return everything that determines the measurement of a set against the real images."""
+        return {
+            "stage": "measure",
+            "recipe": RECIPES["measure"],
+            "set": self.set_digest(wanted),
+            "space": self.feature_space,
+            "dtype": self.config.compute.dtype,
+            "real": self._real_features,
+        }
+
+    def measure_path(self, wanted: SampleSet) -> Path:
+        """Return the file that holds a set's measurement."""
+        return self.store.root / "measure" / f"{digest(self.measure_recipe(wanted))[:PREFIX]}.json"
+
+    @cached_property
+    def _real_features(self) -> str:
+        return digest([[name, self.real_features(name).digest] for name in self.classes])
+
     @cached_property
     def _test_fingerprint(self) -> str:
         return digest([[name, self.catalog.fingerprint(name, "test")] for name in self.classes])
@@ -468,6 +516,8 @@ class Recipes:
         for name in self.shard_classes(number):
             if stage == "encode":
                 results.append(self.latents(name))
+            elif stage == "features":
+                results.append(self.real_features(name))
             elif stage == "cluster":
                 for compared in self.config.compare:
                     for ipc in self.config.ipc:
@@ -491,7 +541,9 @@ class Recipes:
                 for shard in self.shards
             ],
             "match": [job for method in self.config.compare for job in self.match_jobs(method)],
+            "features": self.shards if self.config.evaluation.inception is not None else [],
             "export": list(self.config.compare),
+            "measure": list(self.config.compare) if self.config.evaluation.set_metrics else [],
             "evaluate": [shard for cell in cells for shard in self._evaluate_shards(*cell)],
             "report": ["report"],
         }.get(stage, self.shards)
@@ -533,7 +585,7 @@ class Recipes:
         if stage in CLASS_STAGES:
             results = self.stage_results(stage, shard)
             made = [result.digest for result in results]
-            if stage == "encode":  # a job that must not skip images looks again at classes where some were skipped
+            if stage in ("encode", "features"):  # a job that must not skip images looks again at classes where some were skipped
                 made.append(self.config.dataset.on_bad_image)
             return made, len(results), self._needs(stage, shard)
         if stage == "fit_backbone":
@@ -543,7 +595,15 @@ class Recipes:
             return (
                 [self.set_directory(wanted).name for wanted in sets],
                 len(sets),
-                [("match", job) for job in self.match_jobs(shard)] or [("sample", f"{shard}-{n}") for n in self.shards],
+                self._set_jobs(shard),
+            )
+        if stage == "measure":
+            sets = self.sets(shard)
+            real = "encode" if self.feature_space["name"] == "latents" else "features"
+            return (
+                [self.measure_recipe(wanted) for wanted in sets],
+                len(sets) * len(self.classes),
+                [*self._set_jobs(shard), *((real, number) for number in self.shards)],
             )
         if stage == "evaluate":
             trainings = self.trainings_of(shard)
@@ -556,16 +616,30 @@ class Recipes:
         recipes = [digest(self.training_recipe(training)) for cell in cells for training in self.trainings(*cell)]
         shown = self.config.model_dump(
             mode="json",
-            exclude={"results": True, "dataset": {"root", "test_root", "test_labels"}, "backbone": {"path", "vae"}},
+            exclude={
+                "results": True,
+                "dataset": {"root", "test_root", "test_labels"},
+                "backbone": {"path", "vae"},
+                "evaluation": {"inception"},
+            },
         )
-        content = {"recipe": RECIPES["report"], "config": shown, "trainings": recipes}
-        return content, len(recipes), [("evaluate", shard) for shard in self.shards_of("evaluate")]
+        measured = [
+            digest(self.measure_recipe(wanted)) for method in self.shards_of("measure") for wanted in self.sets(method)
+        ]
+        content = {"recipe": RECIPES["report"], "config": shown, "trainings": recipes, "measured": measured}
+        shards = [(stage, shard) for stage in ("evaluate", "measure") for shard in self.shards_of(stage)]
+        return content, len(recipes), shards
+
+    def _set_jobs(self, method: str) -> list[tuple[str, str]]:
+        """Return the jobs that make a method's images."""
+        matched = [("match", job) for job in self.match_jobs(method)]
+        return matched or [("sample", f"{method}-{number}") for number in self.shards]
 
     def _needs(self, stage: str, shard: str) -> list[tuple[str, str]]:
         fit = [("fit_backbone", "backbone")] if self.config.backbone.fit is not None else []
         if stage == "encode":
             return fit
-        if stage == "experts":
+        if stage in ("experts", "features"):
             return []
         if stage == "match":
             wanted, _ = self.match_set(shard)
@@ -604,6 +678,8 @@ class Recipes:
                 except ValueError as error:
                     raise ConfigError(f"methods.{name}.chain: {error}") from None
         self._check_shapes()
+        if self.config.evaluation.set_metrics:
+            _ = self.feature_space
         for name in self.classes:
             self.backbone.label_of(name)
             self.catalog.count(name, "test")

@@ -29,6 +29,8 @@ def referenced(recipes: Recipes) -> Iterator[Path]:
             yield from map(recipes.set_directory, recipes.sets(job.shard))
         elif job.stage == "evaluate":
             yield from map(recipes.training_path, recipes.trainings_of(job.shard))
+        elif job.stage == "measure":
+            yield from map(recipes.measure_path, recipes.sets(job.shard))
         elif job.stage == "report":
             yield report_folder(recipes.config, job)
         else:
@@ -63,7 +65,7 @@ def size(path: Path) -> int:
 
 def _collectable(results: Path) -> Iterator[Path]:
     store = results / "store"
-    for pattern in ("*.zarr/*/*", "evaluate/*", "backbones/*", "match.checkpoints/*", f"{QUARANTINE}/*"):
+    for pattern in ("*.zarr/*/*", "evaluate/*", "measure/*", "backbones/*", "match.checkpoints/*", f"{QUARANTINE}/*"):
         yield from sorted(store.glob(pattern))
     for pattern in ("datasets/*", "manifests/*/*", "*/reports/*"):
         yield from sorted(results.glob(pattern))

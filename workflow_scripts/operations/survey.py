@@ -13,7 +13,7 @@ from workflow_scripts.recipes import CLASS_STAGES, Recipes
 from workflow_scripts.stages.publish import report_folder
 from workflow_scripts.store.results import RECORD, Result, Store
 
-STAGES = ("fit_backbone", *CLASS_STAGES, "export", "evaluate", "report")
+STAGES = ("fit_backbone", *CLASS_STAGES, "export", "evaluate", "measure", "report")
 
 
 @dataclass
@@ -86,6 +86,10 @@ def _items(recipes: Recipes, stage: str, shard: str, explain: bool) -> Iterator[
             made = training.set
             of = f"{made.method} IPC {made.ipc} seed {made.seed} {training.architecture.name} repeat {training.repeat}"
             yield str(path), _item(shard, of, path.exists())
+    elif stage == "measure":
+        for wanted in recipes.sets(shard):
+            path = recipes.measure_path(wanted)
+            yield str(path), _item(shard, f"{wanted.method} IPC {wanted.ipc} seed {wanted.seed}", path.exists())
     elif stage == "report":
         folder = report_folder(recipes.config, recipes.job(stage, shard))
         yield str(folder), _item(shard, recipes.config.run, (folder / "index.html").exists())

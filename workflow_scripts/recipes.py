@@ -194,7 +194,9 @@ class Recipes:
         if path is None:
             return {"name": "latents", "weights": self.backbone.vae}
         if not path.is_file():
-            raise ConfigError(f"evaluation.inception: got {path}, which is not a file; leave it out to measure on latents")
+            raise ConfigError(
+                f"evaluation.inception: got {path}, which is not a file; leave it out to measure on latents"
+            )
         return {"name": "inception", "weights": file_digests([path], self.config.results / "cache")[0]}
 
     @remembered
@@ -585,7 +587,10 @@ class Recipes:
         if stage in CLASS_STAGES:
             results = self.stage_results(stage, shard)
             made = [result.digest for result in results]
-            if stage in ("encode", "features"):  # a job that must not skip images looks again at classes where some were skipped
+            if stage in (
+                "encode",
+                "features",
+            ):  # a job that must not skip images looks again at classes where some were skipped
                 made.append(self.config.dataset.on_bad_image)
             return made, len(results), self._needs(stage, shard)
         if stage == "fit_backbone":

@@ -62,7 +62,7 @@ def metrics(space: str) -> dict[str, Metric]:
             metric_name("frechet", space), "lower", together, "squared, between Gaussians fitted to both sets"
         ),
         "kernel": Metric(
-            metric_name("kernel", space), "lower", together, "squared MMD with a cubic kernel, unbiased, at times negative"
+            _capital(metric_name("kernel", space)), "lower", together, "squared MMD with a cubic kernel, unbiased, at times negative"
         ),
         "mmd": Metric("MMD²", "lower", each, "with a Gaussian kernel, unbiased, at times negative"),
         "mean_euclidean": Metric("Distance of means", "lower", together, "Euclidean"),
@@ -82,6 +82,10 @@ def metrics(space: str) -> dict[str, Metric]:
         "diversity": Metric("Diversity", "higher", each, "ManifoldGD's: one minus the largest cosine of two images"),
         "vendi": Metric("Vendi score", "higher", each, "effective number of different images"),
     }  # fmt: skip
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 class RealImages:

@@ -41,9 +41,13 @@ def summary(data: ReportData, boards: Sequence[tables.Board], duration: str) -> 
         led.append(f"{leader} at IPC {board.ipc}{protocol} with {cell.mean:.1f} %{interval}")
     compared = leaders[0][0].compared
     count = len(leaders[0][0].columns) - 1
-    nets = f"averaged over {count} architectures" if compared == tables.AVERAGE else f"of {data.architectures[compared]}"
+    nets = (
+        f"averaged over {count} architectures" if compared == tables.AVERAGE else f"of {data.architectures[compared]}"
+    )
     chance = 100 / max(len(data.dataset.classes), 1)
-    sentences = [f"The highest top-1 accuracy {nets} after the last epoch has {join(led)}, where chance is {chance:.1f} %."]
+    sentences = [
+        f"The highest top-1 accuracy {nets} after the last epoch has {join(led)}, where chance is {chance:.1f} %."
+    ]
     sentences.append(_apart(*leaders[-1]))
     audited = [one for one in data.measured if one.method not in real_methods(data)]
     images, copies = (int(sum(one.audit.get(key) or 0 for one in audited)) for key in ("images", "copies"))
@@ -51,7 +55,9 @@ def summary(data: ReportData, boards: Sequence[tables.Board], duration: str) -> 
     if audited:
         share = "None" if not copies else f"{copies:,}".replace(",", "\u202f")
         verb = "is a copy" if copies in (0, 1) else "are copies"
-        found = f"{share} of the {images:,} generated images {verb} of a training image, and all".replace(",", "\u202f", 1)
+        found = f"{share} of the {images:,} generated images {verb} of a training image, and all".replace(
+            ",", "\u202f", 1
+        )
     sentences.append(f"{found or 'All'} results together took {duration} of computing.")
     return sentences
 
@@ -105,7 +111,9 @@ def ablations(data: ReportData, boards: Sequence[tables.Board], metric: str = "l
             if first.name in scores and second.name in scores:
                 comparison = tables.paired(scores[first.name], scores[second.name])
                 if comparison is not None:
-                    clear = comparison.interval is not None and not comparison.interval[0] <= 0 <= comparison.interval[1]
+                    clear = (
+                        comparison.interval is not None and not comparison.interval[0] <= 0 <= comparison.interval[1]
+                    )
                     differences[board.protocol, board.ipc] = tables.Difference(comparison, comparison.difference, clear)
         if differences:
             found.append(Ablation(first.name, second.name, what, differences))

@@ -201,7 +201,10 @@ def heat_figure(
     """A table (rows, columns) of percentages as colours, with the numbers in it where they fit; nan stays empty."""
     wide = len(columns) <= 24
     with matplotlib.rc_context(_STYLE):
-        size = (1.3 + 0.095 * max(map(len, rows), default=0) + (0.42 if wide else 0.2) * len(columns), 0.9 + 0.27 * len(rows))
+        size = (
+            1.3 + 0.095 * max(map(len, rows), default=0) + (0.42 if wide else 0.2) * len(columns),
+            0.9 + 0.27 * len(rows),
+        )
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         shown = np.ma.masked_invalid(values)
@@ -249,7 +252,9 @@ def forest_figure(gaps: Sequence[Gap], label: str) -> Drawing:
             color = COLORS[5] if gap.points < 0 else COLORS[0]
             if gap.interval is not None:
                 axes.plot(np.clip(gap.interval, -limit, limit), [place, place], color=color, linewidth=1.3)
-            axes.plot([gap.points], [place], "o", color=color, markersize=5.5, fillstyle="full" if gap.clear else "none")
+            axes.plot(
+                [gap.points], [place], "o", color=color, markersize=5.5, fillstyle="full" if gap.clear else "none"
+            )
         axes.axvline(0, color=_INK, alpha=0.5, linewidth=0.7)
         axes.set_yticks(range(len(gaps)), [gap.name for gap in gaps])
         axes.set_ylim(len(gaps) - 0.4, -0.6)
@@ -262,7 +267,10 @@ def forest_figure(gaps: Sequence[Gap], label: str) -> Drawing:
 
 
 def cost_figure(
-    points: Mapping[str, tuple[float, Estimate]], styles: Mapping[str, MethodStyle], limits: tuple[float, float], unit: str
+    points: Mapping[str, tuple[float, Estimate]],
+    styles: Mapping[str, MethodStyle],
+    limits: tuple[float, float],
+    unit: str,
 ) -> Drawing:
     """Accuracy against the hours that a method's sets cost, on a logarithmic axis."""
     with matplotlib.rc_context(_STYLE):
@@ -281,9 +289,7 @@ def cost_figure(
         axes.set_xscale("log")
         axes.set_xlabel(f"{unit} for one distilled set, shared encoding left out")
         _accuracy_axis(axes, limits, "Top-1")
-    return Drawing(
-        figure, f"Top-1 accuracy against {unit} per distilled set", {name: styles[name] for name in points}
-    )
+    return Drawing(figure, f"Top-1 accuracy against {unit} per distilled set", {name: styles[name] for name in points})
 
 
 def map_figure(latent_map: LatentMap, styles: Mapping[str, MethodStyle], title: str) -> Drawing:

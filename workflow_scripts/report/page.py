@@ -130,7 +130,8 @@ class MeasureBoard:
     methods: list[str]
     cells: Mapping[tuple[str, str], tuple[float, float | None]]
     sets: Mapping[str, int]
-    best: Mapping[str, str]
+    best: Mapping[str, set[str]]
+    decimals: Mapping[str, int]
     warnings: list[tuple[str, str]]
     audits: Mapping[str, Mapping[str, float | None]]
     scores: Mapping[str, tables.Cell]
@@ -175,6 +176,7 @@ def render(data: ReportData) -> Page:
         integer=format_integer,
         signed=format_difference,
         significant=format_significant,
+        fixed=format_fixed,
     )
     page = environment.get_template("page.html.j2").render(
         data=data,
@@ -182,6 +184,7 @@ def render(data: ReportData) -> Page:
         ipcs=_ipcs(data.ipcs),
         metrics=tables.metrics(data),
         boards=boards,
+        warnings=tables.warnings(boards),
         summary=analysis.summary(data, boards, format_duration(compute_seconds)),
         column_title=lambda column: tables.column_title(data, column),
         markers={name: Markup(figures.marker_svg(style)) for name, style in styles.items()},
@@ -212,7 +215,7 @@ def render(data: ReportData) -> Page:
         pairs=_pair_views(data),
         stages=[StageView(stage, 100 * stage.seconds / longest) for stage in data.stage_times],
         cost_boards=_cost_boards(data),
-        cost_stages=list(dict.fromkeys(stage for cost in data.costs for stage in cost.stages)),
+        cost_stages=[one.stage for one in data.stage_times if any(one.stage in cost.stages for cost in data.costs)],
         cost_figures=_cost_figures(data, boards, styles, pad),
         device_hours=_hours(data),
         skipped_limit=SKIPPED_LISTED,
@@ -266,6 +269,11 @@ def format_significant(value: float) -> str:
     """A number with three significant digits and a true minus."""
     text = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
     return text.replace("-", "−")
+
+
+def format_fixed(value: float, decimals: int) -> str:
+    """A number with so many decimals, and a true minus."""
+    return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "−")
 
 
 def format_duration(seconds: float) -> str:
@@ -421,7 +429,9 @@ def _class_figures(data: ReportData, pad: _Pad) -> list[FigureView]:
             values = np.stack([row[chosen] for row in accuracies.values()])
             titles = [data.dataset.title(data.dataset.classes[label]) for label in chosen]
             drawing = figures.heat_figure(values, list(accuracies), titles, f"Top-1 of each class at IPC {ipc}")
-            detail = f"the {len(chosen) // 2} worst and the {len(chosen) - len(chosen) // 2} best classes" if cut else ""
+            detail = (
+                f"the {len(chosen) // 2} worst and the {len(chosen) - len(chosen) // 2} best classes" if cut else ""
+            )
             drawn.append(FigureView(f"IPC {ipc}", pad.draw(drawing, f"classes-ipc{ipc}"), detail=detail, ipc=ipc))
     return drawn
 
@@ -469,15 +479,19 @@ def _measure_boards(data: ReportData, boards: Sequence[tables.Board]) -> list[Me
         example = next(iter(by_method[methods[0]].values()))
         described = set_metrics(example.space)
         cells: dict[tuple[str, str], tuple[float, float | None]] = {}
-        best: dict[str, str] = {}
+        best: dict[str, set[str]] = {}
+        decimals: dict[str, int] = {}
         for key, metric in described.items():
             for method in methods:
                 values = [one.values[key] for one in by_method[method].values() if key in one.values]
                 if values:
                     cells[method, key] = (float(np.mean(values)), float(np.std(values, ddof=1)) if values[1:] else None)
             mine = {method: cells[method, key][0] for method in methods if (method, key) in cells}
-            if len(mine) > 1:
-                best[key] = (min if metric.better == "lower" else max)(mine, key=lambda m: mine[m])
+            decimals[key] = 3 - min(sum(max(map(abs, mine.values()), default=0) >= 10**power for power in range(3)), 3)
+            shown_values = {method: format_fixed(value, decimals[key]) for method, value in mine.items()}
+            if len(set(shown_values.values())) > 1:
+                leader = (min if metric.better == "lower" else max)(mine, key=lambda method: mine[method])
+                best[key] = {method for method, text in shown_values.items() if text == shown_values[leader]}
         shown = {key: metric for key, metric in described.items() if any((m, key) in cells for m in methods)}
         board = next((board for board in boards if board.ipc == ipc), None)
         audits = {method: _mean_audit([one.audit for one in by_method[method].values()]) for method in methods}
@@ -491,9 +505,14 @@ def _measure_boards(data: ReportData, boards: Sequence[tables.Board]) -> list[Me
                 cells,
                 {method: len(by_method[method]) for method in methods},
                 best,
+                decimals,
                 [(described[key].title, text) for key, text in example.warnings.items() if key in described],
                 audits,
-                {m: board.cells[m, board.compared, "last"] for m in methods if (m, board.compared, "last") in board.cells}
+                {
+                    m: board.cells[m, board.compared, "last"]
+                    for m in methods
+                    if (m, board.compared, "last") in board.cells
+                }
                 if board
                 else {},
             )

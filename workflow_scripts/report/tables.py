@@ -126,16 +126,6 @@ class Board:
             return None
         return _difference(self.rankings[metric], leader, method)
 
-    @property
-    def warnings(self) -> list[tuple[str, list[str]]]:
-        """What entries of the compared column cannot tell, each with the methods concerned."""
-        found: dict[str, list[str]] = defaultdict(list)
-        for method in self.methods:
-            cell = self.cells.get((method, self.compared, "last"))
-            if cell and cell.levels.warning:
-                found[cell.levels.warning].append(method)
-        return list(found.items())
-
 
 def metrics(data: ReportData) -> dict[str, str]:
     """The metrics that the run's scores have, with their titles."""
@@ -154,7 +144,11 @@ def collect(data: ReportData, protocol: str, ipc: int, column: str, metric: str)
     sets: dict[str, dict[int, str]] = defaultdict(dict)
     for score in data.scores:
         value = _READ[metric](score)
-        if (score.protocol, score.ipc) == (protocol, ipc) and column in (AVERAGE, score.architecture) and value is not None:
+        if (
+            (score.protocol, score.ipc) == (protocol, ipc)
+            and column in (AVERAGE, score.architecture)
+            and value is not None
+        ):
             grouped[score.method][score.seed, score.repeat].append(value)
             sets[score.method][score.seed] = score.set_digest
     found: dict[str, Scores] = {}
@@ -176,8 +170,24 @@ def boards(data: ReportData) -> list[Board]:
     trained = {(score.protocol, score.ipc) for score in data.scores}
     protocols = dict.fromkeys(score.protocol for score in data.scores)
     return [
-        _board(data, protocol, ipc, columns) for protocol in protocols for ipc in data.ipcs if (protocol, ipc) in trained
+        _board(data, protocol, ipc, columns)
+        for protocol in protocols
+        for ipc in data.ipcs
+        if (protocol, ipc) in trained
     ]
+
+
+def warnings(arranged: Iterable[Board]) -> list[tuple[str, str]]:
+    """What entries of the compared columns cannot tell, each with the methods concerned."""
+    found: dict[str, dict[str, None]] = defaultdict(dict)
+    every = set()
+    for board in arranged:
+        for method in board.methods:
+            cell = board.cells.get((method, board.compared, "last"))
+            every.add(method)
+            if cell and cell.levels.warning:
+                found[cell.levels.warning][method] = None
+    return [(text, ", ".join(names) if set(names) < every else "All entries") for text, names in found.items()]
 
 
 def csv_rows(data: ReportData) -> list[dict[str, Any]]:
@@ -279,7 +289,9 @@ def markdown(data: ReportData, arranged: Iterable[Board], metric: str = "last") 
     return "\n".join(parts)
 
 
-_SPREAD = "Mean ± standard deviation over distilled sets (over trainings where there is one set); the best mean in bold."
+_SPREAD = (
+    "Mean ± standard deviation over distilled sets (over trainings where there is one set); the best mean in bold."
+)
 
 
 def latex_escape(text: str) -> str:
@@ -401,7 +413,9 @@ def _latex_table(data: ReportData, protocol: str, group: Sequence[Board], metric
         first = 2 + place * len(columns)
         spans.append(rf"\multicolumn{{{len(columns)}}}{{c}}{{IPC {board.ipc}}}")
         rules.append(rf"\cmidrule(lr){{{first}-{first + len(columns) - 1}}}")
-    caption = latex_escape(f"{data.title}: {METRICS[metric]} (%), protocol {protocol}. {_SPREAD}").replace("±", r"$\pm$")
+    caption = latex_escape(f"{data.title}: {METRICS[metric]} (%), protocol {protocol}. {_SPREAD}").replace(
+        "±", r"$\pm$"
+    )
     lines = [
         r"\begin{table}",
         r"\centering",

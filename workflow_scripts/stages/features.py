@@ -35,7 +35,9 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
                 for kept, pixels in real_batches(recipes, result.class_name, skipped)
             ]
             if not batches:
-                raise DataError(f"class {result.class_name}: none of its images can be read (first: {skipped[0].path}).")
+                raise DataError(
+                    f"class {result.class_name}: none of its images can be read (first: {skipped[0].path})."
+                )
             keys = [key for batch, _ in batches for key in batch]
             record = {"space": name, "images": keys, "skipped": [{"path": b.path, "reason": b.reason} for b in skipped]}
             yield result, {"features": np.concatenate([features for _, features in batches])}, record

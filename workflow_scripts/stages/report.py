@@ -285,7 +285,12 @@ class _Seconds:
             stages[result.stage] += self._read[result.digest][1]
         different = len({recipes.set_digest(wanted) for wanted in sets})
         last = "match" if "match" in stages else "sample"
-        looks = recipes.samples(recipes.classes[0], sets[0]).recipe.keys() & {"latents", "prototypes", "targets", "gaussian"}
+        looks = recipes.samples(recipes.classes[0], sets[0]).recipe.keys() & {
+            "latents",
+            "prototypes",
+            "targets",
+            "gaussian",
+        }
         encoded = [self._read.get(recipes.latents(name).digest) for name in recipes.classes] if looks else []
         return Cost(
             method,

@@ -8,8 +8,8 @@ from statistics import fmean, stdev
 import numpy as np
 import pytest
 
-from workflow_scripts.report.data import MethodInfo, ReportData
 from workflow_scripts.evaluation.statistics import bootstrap_interval
+from workflow_scripts.report.data import MethodInfo, ReportData
 from workflow_scripts.report.tables import (
     AVERAGE,
     boards,

@@ -77,7 +77,7 @@ def build(*, original: bool) -> nn.Module:
     if original:
         network.Mixed_7c = _pooling(tv.InceptionE, lambda x: F.max_pool2d(x, 3, stride=1, padding=1))(2048)
     network.fc = nn.Identity()
-    return network  # type: ignore[no-any-return]
+    return network
 
 
 def mean_inside(x: torch.Tensor) -> torch.Tensor:
@@ -88,7 +88,7 @@ def mean_inside(x: torch.Tensor) -> torch.Tensor:
 def _pooling(block: Any, pool: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Return a block like torchvision's, but with another pooling before its last branch."""
 
-    class Pooling(block):  # type: ignore[misc]
+    class Pooling(block):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             *branches, _ = self._forward(x)
             return torch.cat([*branches, self.branch_pool(pool(x))], 1)

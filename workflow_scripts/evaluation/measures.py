@@ -44,25 +44,30 @@ TRANSPORT_CLASSES, TRANSPORT_REAL, TRANSPORT_SYNTHETIC = 10, 200, 100
 """Most classes, and most images of each, in the data-set distance."""
 
 
+Scope = Literal["all classes", "per class"]
+
+
 @dataclass(frozen=True)
 class Metric:
     """How a metric is called, which way is better, and what it says."""
 
     title: str
     better: Literal["lower", "higher"]
-    scope: Literal["all classes", "per class"]
+    scope: Scope
     meaning: str
 
 
 def metrics(space: str) -> dict[str, Metric]:
     """Return the metrics of a feature space in the order in which tables show them."""
-    together, each = "all classes", "per class"
+    together: Scope = "all classes"
+    each: Scope = "per class"
     return {
         "frechet": Metric(
             metric_name("frechet", space), "lower", together, "squared, between Gaussians fitted to both sets"
         ),
         "kernel": Metric(
-            _capital(metric_name("kernel", space)), "lower", together, "squared MMD with a cubic kernel, unbiased, at times negative"
+            _capital(metric_name("kernel", space)), "lower", together,
+            "squared MMD with a cubic kernel, unbiased, at times negative",
         ),
         "mmd": Metric("MMD²", "lower", each, "with a Gaussian kernel, unbiased, at times negative"),
         "mean_euclidean": Metric("Distance of means", "lower", together, "Euclidean"),

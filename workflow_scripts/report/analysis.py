@@ -1,4 +1,4 @@
-"""What the report says of the scores in words: the summary, pairs that differ in one thing, and published numbers beside ours."""
+"""What the report says in words: the summary, pairs that differ in one thing, published numbers beside ours."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def _apart(board: tables.Board, leader: str) -> str:
     told = f"cannot be told apart from {join(close[:4])}" if close else "is distinguishable from every other method"
     if len(close) > 4:
         told += f" and {len(close) - 4} more"
-    return f"With {drawn} of each method, {apart} of {pairs} differences at IPC {board.ipc} are more than chance; {leader} {told}."
+    chance = f"{apart} of {pairs} differences at IPC {board.ipc} are more than chance"
+    return f"With {drawn} of each method, {chance}; {leader} {told}."
 
 
 def real_methods(data: ReportData) -> set[str]:

@@ -452,17 +452,16 @@ def _confusion_figures(data: ReportData, pad: _Pad) -> list[FigureView]:
 
 def _confusion_lists(data: ReportData) -> list[tuple[str, list[tuple[str, str, int, float]]]]:
     """The most frequent mistakes, where the classes are too many for a matrix."""
-    return [
-        (
-            f"{confusion.method}, IPC {confusion.ipc}",
-            [
-                (data.dataset.title(data.dataset.classes[true]), data.dataset.title(data.dataset.classes[taken]), *how)
-                for true, taken, *how in analysis.common_confusions(confusion.counts, CONFUSIONS_LISTED)
-            ],
-        )
-        for confusion in data.confusions
-        if len(confusion.counts) > CONFUSION_SIDE
-    ]  # type: ignore[misc]
+    titles = [data.dataset.title(name) for name in data.dataset.classes]
+    found = []
+    for confusion in data.confusions:
+        if len(confusion.counts) > CONFUSION_SIDE:
+            mistakes = [
+                (titles[true], titles[taken], times, percent)
+                for true, taken, times, percent in analysis.common_confusions(confusion.counts, CONFUSIONS_LISTED)
+            ]
+            found.append((f"{confusion.method}, IPC {confusion.ipc}", mistakes))
+    return found
 
 
 def _measure_boards(data: ReportData, boards: Sequence[tables.Board]) -> list[MeasureBoard]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ from workflow_scripts.evaluation.statistics import (
     Ranking,
     bootstrap_interval,
     compare,
-    levels,
     merge_equal_sets,
     rank,
 )
@@ -50,8 +49,8 @@ Interval = tuple[float, float]
 class Scores:
     """One metric of one method in one column: the scores of each seed, and what names each seed's distilled set."""
 
-    by_seed: Mapping[int, Sequence[float]]
-    sets: Mapping[int, str]
+    by_seed: Mapping[Hashable, Sequence[float]]
+    sets: Mapping[Hashable, Hashable]
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def collect(data: ReportData, protocol: str, ipc: int, column: str, metric: str)
     architectures = architectures_of(data)
     needed = len(architectures) if column == AVERAGE else 1
     grouped: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
-    sets: dict[str, dict[int, str]] = defaultdict(dict)
+    sets: dict[str, dict[Hashable, Hashable]] = defaultdict(dict)
     for score in data.scores:
         value = _READ[metric](score)
         if (
@@ -153,7 +152,7 @@ def collect(data: ReportData, protocol: str, ipc: int, column: str, metric: str)
             sets[score.method][score.seed] = score.set_digest
     found: dict[str, Scores] = {}
     for method in (info.name for info in data.methods):
-        by_seed: dict[int, list[float]] = defaultdict(list)
+        by_seed: dict[Hashable, list[float]] = defaultdict(list)
         for (seed, _), values in grouped.get(method, {}).items():
             if len(values) == needed:
                 by_seed[seed].append(sum(values) / needed)

@@ -154,7 +154,7 @@ def tiny_run(train: Path, test: Path, backbone: Path) -> dict[str, Any]:
             "trainings_per_job": 100,
         },
         "compute": {"device": "cpu", "workers": 2},
-        "report": {"sheet_images": 2},
+        "report": {"sheet_images": 2, "figure_files": False},
     }
 
 

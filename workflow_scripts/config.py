@@ -692,6 +692,7 @@ class Report(Strict):
     sheet_classes: PositiveInt = 10
     sheet_images: PositiveInt = 10
     map_classes: PositiveInt = 10
+    figure_files: bool = Field(True, description="write the figures as SVG and PDF too, beside the page")
     pairs: NonNegativeInt = Field(6, description="closest pairs of a synthetic and a real image shown of each method")
 
 

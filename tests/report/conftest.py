@@ -109,7 +109,7 @@ def make_demo(ipcs: tuple[int, ...] = (1, 10)) -> ReportData:
                 summary,
                 {"kind": "coreset", "select": name}
                 if name in REAL
-                else {"kind": "diffusion", "sampler": shared, "guidance": [{"term": "mode", "scale": 0.1, "stop": 25}]},
+                else {"kind": "diffusion", "sampler": shared, "guidance": [{"term": name}] if name != "dit" else []},
             )
             for name, summary in SUMMARIES.items()
         ),

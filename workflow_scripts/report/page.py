@@ -149,10 +149,10 @@ class PairView:
 
 @dataclass(frozen=True)
 class Page:
-    """The finished page, and the figures on it as files: name with suffix, and content."""
+    """The finished page, and the figures on it by name."""
 
     html: str
-    files: Mapping[str, bytes]
+    drawings: Mapping[str, figures.Drawing]
 
 
 def render(data: ReportData) -> Page:
@@ -222,19 +222,19 @@ def render(data: ReportData) -> Page:
         classes_limit=CLASSES_LISTED,
         downloads=_downloads(data, boards),
     )
-    return Page(page.strip() + "\n", pad.files)
+    return Page(page.strip() + "\n", pad.drawings)
 
 
 class _Pad:
-    """Draws figures for the page and keeps them as files."""
+    """Draws figures for the page and keeps them."""
 
     def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
+        self.drawings: dict[str, figures.Drawing] = {}
 
     def draw(self, drawing: figures.Drawing, name: str) -> Markup:
-        """Return the inline figure; ``name`` is that of its files too."""
+        """Return the inline figure."""
         stem = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
-        self.files |= {f"{stem}.{suffix}": content for suffix, content in drawing.files().items()}
+        self.drawings[stem] = drawing
         return Markup(drawing.inline(stem))
 
 

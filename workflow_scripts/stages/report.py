@@ -52,8 +52,10 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
         write_atomically(folder / name, text)
     write_atomically(folder / "scores.json", json.dumps(tables.csv_rows(data), indent=1))
     made = page.render(data)
-    for name, content in made.files.items():
-        write_atomically(folder / "figures" / name, content, durable=False)
+    (folder / "figures").mkdir(exist_ok=True)
+    for name, drawing in made.drawings.items() if config.report.figure_files else ():
+        for suffix, content in drawing.files().items():
+            write_atomically(folder / "figures" / f"{name}.{suffix}", content, durable=False)
     write_atomically(folder / "index.html", made.html)
     publish(config, recipes.job("report", "report"))
     return {"report": str(folder.relative_to(config.results) / "index.html")}

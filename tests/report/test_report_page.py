@@ -130,7 +130,9 @@ def test_headline(page: str) -> None:
 def test_summary_is_three_sentences_of_numbers(page: str, whole: ReportData) -> None:
     (summary,) = re.findall(r'<p class="summary">(.*?)</p>', page)
     assert len(re.findall(r"\. (?=[A-Z])", summary + " ")) == 2
-    assert re.search(r"manifoldgd at IPC 10 with 68\.\d % \(\d\d\.\d to \d\d\.\d\), where chance is 10\.0 %", summary)
+    assert re.search(
+        r" and 68\.\d % \(\d\d\.\d to \d\d\.\d\) at IPC 10 with manifoldgd, where chance is 10\.0 %", summary
+    )
     assert re.search(r"With 3 distilled sets of each method, \d+ of 21 differences at IPC 10", summary)
     assert "None of the 1 320 generated images is a copy" in summary.replace("\u202f", " "), (
         "random's copies do not count"
@@ -158,7 +160,11 @@ def test_every_section_has_its_figures(page: str, whole: ReportData) -> None:
 def test_set_metrics_and_copies(page: str) -> None:
     text = outline(page).plain()
     assert "the autoencoder's latents. These are no FID and no KID" in text and "FID ↓" not in text
-    assert "Fréchet distance (latents)" in text and "Fréchet distance (latents) : biased upward." in text
+    assert (
+        "Fréchet distance (latents)" in text
+        and "Fréchet distance (latents) : biased upward." in text
+        and "* biased at this size" in text
+    )
     assert re.search(r'<td data-value="11\.0" class="top">11\.0 <span class="detail block">± 1\.0</span>', page)
     assert "dit 10 300 0 2.0 % 0.80 5.0 %" in text
     assert "herding, kmeans, random: real images" in text

@@ -38,16 +38,14 @@ def summary(data: ReportData, boards: Sequence[tables.Board], duration: str) -> 
         cell = board.cells[leader, board.compared, "last"]
         interval = f" ({cell.interval[0]:.1f} to {cell.interval[1]:.1f})" if cell.interval else ""
         protocol = f" under {board.protocol}" if several else ""
-        led.append(f"{leader} at IPC {board.ipc}{protocol} with {cell.mean:.1f} %{interval}")
+        led.append(f"{cell.mean:.1f} %{interval} at IPC {board.ipc}{protocol} with {leader}")
     compared = leaders[0][0].compared
     count = len(leaders[0][0].columns) - 1
     nets = (
         f"averaged over {count} architectures" if compared == tables.AVERAGE else f"of {data.architectures[compared]}"
     )
     chance = 100 / max(len(data.dataset.classes), 1)
-    sentences = [
-        f"The highest top-1 accuracy {nets} after the last epoch has {join(led)}, where chance is {chance:.1f} %."
-    ]
+    sentences = [f"The best top-1 accuracy {nets} after the last epoch is {join(led)}, where chance is {chance:.1f} %."]
     sentences.append(_apart(*leaders[-1]))
     audited = [one for one in data.measured if one.method not in real_methods(data)]
     images, copies = (int(sum(one.audit.get(key) or 0 for one in audited)) for key in ("images", "copies"))
@@ -74,9 +72,8 @@ def _apart(board: tables.Board, leader: str) -> str:
     close = board.close("last")
     low, high = min(sets), max(sets)
     drawn = f"{high} distilled sets" if low == high else f"{low} to {high} distilled sets"
-    told = f"cannot be told apart from {join(close[:4])}" if close else "is distinguishable from every other method"
-    if len(close) > 4:
-        told += f" and {len(close) - 4} more"
+    shown = close if len(close) <= 5 else [*close[:4], f"{len(close) - 4} more"]
+    told = f"cannot be told apart from {join(shown)}" if close else "is distinguishable from every other method"
     chance = f"{apart} of {pairs} differences at IPC {board.ipc} are more than chance"
     return f"With {drawn} of each method, {chance}; {leader} {told}."
 

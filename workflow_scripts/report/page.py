@@ -133,6 +133,7 @@ class MeasureBoard:
     best: Mapping[str, set[str]]
     decimals: Mapping[str, int]
     warnings: list[tuple[str, str]]
+    biased: Mapping[str, str]
     audits: Mapping[str, Mapping[str, float | None]]
     scores: Mapping[str, tables.Cell]
 
@@ -506,6 +507,7 @@ def _measure_boards(data: ReportData, boards: Sequence[tables.Board]) -> list[Me
                 best,
                 decimals,
                 [(described[key].title, text) for key, text in example.warnings.items() if key in described],
+                {key: text for key, text in example.warnings.items() if text.startswith("biased") and key in shown},
                 audits,
                 {
                     m: board.cells[m, board.compared, "last"]

@@ -40,3 +40,7 @@ rule all:
 
 onsuccess:
     announce_report()
+
+
+onerror:
+    announce_failures()

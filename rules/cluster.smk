@@ -13,7 +13,7 @@ rule cluster:
     resources:
         gpu=0,
         mem_mb=8000,
-        runtime=get_minutes(5, 0.5, "cluster"),
+        runtime=get_minutes("cluster", 5, 30),
     params:
         resolved=get_resolved,
     message:

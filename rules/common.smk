@@ -1,19 +1,21 @@
 # What the rules share: the validated configuration, the plan of the run, and functions of the plan.
 
 import sys
+from math import ceil
+from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.enums import RerunTrigger
 
-from workflow_scripts.config import resolve
+from workflow_scripts.config import load_resolved, resolve
 from workflow_scripts.errors import StillhouseError
+from workflow_scripts.operations.retry import explain, set_aside
 from workflow_scripts.recipes import Recipes
-from workflow_scripts.stages.common import machine_has_gpu, write_resolved
+from workflow_scripts.stages.common import launcher, machine_has_gpu, resolved_path, write_resolved
 from workflow_scripts.stages.publish import publish
-from workflow_scripts.store.digests import digest
 
 try:
-    RUN = resolve(config)
+    RUN = load_resolved(Path(config["resolved"])) if "resolved" in config else resolve(config)
     PLAN = Recipes(RUN)
     PLAN.check()
     JOBS = PLAN.jobs()
@@ -22,17 +24,21 @@ except StillhouseError as error:
     sys.exit(1)
 
 RESULTS = RUN.results
-RESOLVED = RESULTS / "cache" / "configs" / f"{digest(RUN.canonical())[:16]}.json"
+RESOLVED = resolved_path(RUN)
 
 # The digests in the manifests' paths say what is valid. Snakemake's other triggers compare records in .snakemake with
 # code and input lists, and would start jobs that find nothing to do.
 if workflow.dag_settings is not None:
     workflow.dag_settings.rerun_triggers = frozenset({RerunTrigger.MTIME})
 
-# Jobs that use a GPU claim one, and locally one at a time may have it unless --resources gpu=N says otherwise.
-HAS_GPU = RUN.compute.device != "cpu" and (workflow.non_local_exec or machine_has_gpu())
-if workflow.local_exec and HAS_GPU and "gpu" not in workflow.global_resources:
+# Jobs that use a GPU claim one, and locally one at a time may have it unless --resources gpu=N says otherwise. The executor
+# is not known yet when this is read, but only one that submits jobs has a limit of them.
+SUBMITS = workflow.resource_settings.nodes is not None
+HAS_GPU = RUN.compute.device != "cpu" and (SUBMITS or machine_has_gpu())
+if HAS_GPU and not SUBMITS and "gpu" not in workflow.global_resources:
     workflow.global_resources["gpu"] = 1
+
+DEFAULT_RESOURCES = workflow.resource_settings.default_resources or {}
 
 
 wildcard_constraints:
@@ -80,13 +86,36 @@ def get_gpu(wildcards):
     return 1 if HAS_GPU else 0
 
 
-def get_minutes(base, per_item, stage):
-    """Resource function: minutes for a job's items, growing with each attempt."""
+def get_fit_gpus(wildcards):
+    """The GPUs that fine-tuning shares its batch among, one for any other fit, if there are any."""
+    tune = RUN.backbone.finetune
+    return get_gpu(wildcards) * (1 if tune is None else tune.gpus)
 
-    def minutes(wildcards, attempt):
-        return int((base + per_item * PLAN.job(stage, wildcards.shard).items) * attempt) + 1
 
-    return minutes
+def get_fit_memory(wildcards, attempt):
+    """Megabytes for a fit: a checkpoint of all weights of DiT-XL/2, averages and moments included, has 11 GB."""
+    tune = RUN.backbone.finetune
+    return attempt * (16000 if tune is None else 40000 + 8000 * tune.gpus)
+
+
+def get_launcher(wildcards):
+    """What starts a fit: one process for each of its GPUs."""
+    return launcher(max(1, get_fit_gpus(wildcards)))
+
+
+def get_minutes(stage, minutes, seconds_per_item):
+    """Resource function: minutes for a job by its number of items, growing with each attempt; a profile may set both parts."""
+    own = workflow.resource_settings.overwrite_resources.get(stage, {})
+    minutes = int(own["minutes_fixed"].raw) if "minutes_fixed" in own else minutes
+    seconds_per_item = int(own["seconds_per_item"].raw) if "seconds_per_item" in own else seconds_per_item
+
+    most = next((int(of["minutes_max"].raw) for of in (own, DEFAULT_RESOURCES) if "minutes_max" in of), None)
+
+    def runtime(wildcards, attempt):
+        asked = ceil((minutes + seconds_per_item * PLAN.job(stage, wildcards.shard).items / 60) * attempt)
+        return asked if most is None else min(asked, most)
+
+    return runtime
 
 
 def announce_report():
@@ -94,6 +123,14 @@ def announce_report():
     page = publish(RUN, PLAN.job("report", "report"))
     if page is not None:
         print(f"\nReport: {page}\n", file=sys.stderr)
+
+
+def announce_failures():
+    """Name what is set aside after too many failures, and what lets it be tried again."""
+    if aside := set_aside(PLAN):
+        print("\nSet aside; all that does not need these was made:", file=sys.stderr)
+        print(*(f"  {explain(one)}" for one in aside), sep="\n", file=sys.stderr)
+        print("`stillhouse retry` lets them be tried again.\n", file=sys.stderr)
 
 
 if workflow.is_main_process:

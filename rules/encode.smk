@@ -13,7 +13,7 @@ rule encode:
     resources:
         gpu=get_gpu,
         mem_mb=16000,
-        runtime=get_minutes(5, 1, "encode"),
+        runtime=get_minutes("encode", 5, 60),
     params:
         resolved=get_resolved,
     message:

@@ -13,7 +13,7 @@ rule evaluate:
     resources:
         gpu=get_gpu,
         mem_mb=32000,
-        runtime=get_minutes(10, 180, "evaluate"),
+        runtime=get_minutes("evaluate", 10, 10800),
     params:
         resolved=get_resolved,
     message:

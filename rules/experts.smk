@@ -13,7 +13,7 @@ rule experts:
     resources:
         gpu=get_gpu,
         mem_mb=32000,
-        runtime=get_minutes(10, 5, "experts"),
+        runtime=get_minutes("experts", 10, 300),
     params:
         resolved=get_resolved,
     message:

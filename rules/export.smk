@@ -13,7 +13,7 @@ rule export:
     resources:
         gpu=0,
         mem_mb=4000,
-        runtime=get_minutes(5, 10, "export"),
+        runtime=get_minutes("export", 5, 600),
     params:
         resolved=get_resolved,
     message:

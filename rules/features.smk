@@ -13,7 +13,7 @@ rule features:
     resources:
         gpu=get_gpu,
         mem_mb=16000,
-        runtime=get_minutes(5, 1, "features"),
+        runtime=get_minutes("features", 5, 60),
     params:
         resolved=get_resolved,
     message:

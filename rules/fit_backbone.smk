@@ -9,15 +9,16 @@ rule fit_backbone:
         benchmark_file("fit_backbone")
     conda:
         "../envs/stillhouse.yaml"
-    threads: workflow.cores or 8
+    threads: workflow.resource_settings.cores or 8
     resources:
-        gpu=get_gpu,
-        mem_mb=16000,
-        runtime=get_minutes(240, 0, "fit_backbone"),
+        gpu=get_fit_gpus,
+        mem_mb=get_fit_memory,
+        runtime=get_minutes("fit_backbone", 240 if RUN.backbone.finetune is None else 720, 0),
     params:
         resolved=get_resolved,
+        launcher=get_launcher,
     message:
         "Fitting a backbone on the training images"
     shell:
-        "exec python -m workflow_scripts.stages.fit_backbone --resolved {params.resolved:q} --shard {wildcards.shard:q}"
+        "exec {params.launcher} workflow_scripts.stages.fit_backbone --resolved {params.resolved:q} --shard {wildcards.shard:q}"
         " --manifest {output:q} --log {log:q}"

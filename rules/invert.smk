@@ -13,7 +13,7 @@ rule invert:
     resources:
         gpu=get_gpu,
         mem_mb=16000,
-        runtime=get_minutes(10, 5, "invert"),
+        runtime=get_minutes("invert", 10, 300),
     params:
         resolved=get_resolved,
     message:

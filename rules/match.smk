@@ -13,7 +13,7 @@ rule match:
     resources:
         gpu=get_gpu,
         mem_mb=32000,
-        runtime=get_minutes(10, 240, "match"),
+        runtime=get_minutes("match", 10, 14400),
     params:
         resolved=get_resolved,
     message:

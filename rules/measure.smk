@@ -13,7 +13,7 @@ rule measure:
     resources:
         gpu=get_gpu,
         mem_mb=32000,
-        runtime=get_minutes(10, 0.02, "measure"),
+        runtime=get_minutes("measure", 10, 1),
     params:
         resolved=get_resolved,
     message:

@@ -13,7 +13,7 @@ rule sample:
     resources:
         gpu=get_gpu,
         mem_mb=16000,
-        runtime=get_minutes(10, 1, "sample"),
+        runtime=get_minutes("sample", 10, 60),
     params:
         resolved=get_resolved,
     message:

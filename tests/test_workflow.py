@@ -59,7 +59,7 @@ class Checkout:
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path, tiny_backbone: Path) -> Checkout:
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("Snakefile", "config.yaml", "rules", "envs", "workflow_scripts"):
+    for name in ("Snakefile", "config.yaml", "rules", "envs", "workflow_scripts", "slurm_profile"):
         (folder / name).symlink_to(support.ROOT / name)
     shutil.copytree(tiny_images, folder, dirs_exist_ok=True)
     site = Site(folder / "train", folder / "test", tiny_backbone, folder / "results")
@@ -136,6 +136,22 @@ def test_shards_change_jobs_and_no_class(checkout: Checkout, first: subprocess.C
     counts = {words[0]: int(words[1]) for words in table if len(words) == 2 and words[1].isdigit()}
     assert counts["encode"] == counts["sample"] == 3
     assert "evaluate" not in counts, "exports look whether their sets are there, and nothing is trained anew"
+
+
+def test_the_profile_asks_for_what_each_job_needs(checkout: Checkout, first: subprocess.CompletedProcess[str]) -> None:
+    profile = ["--workflow-profile", "slurm_profile", "--forceall", "--config", "compute={device: auto}"]
+    planned, _ = quick(checkout, "--dry-run", *profile)
+    assert planned.returncode == 0, planned.stdout
+    blocks = {block.split(":")[0]: block for block in planned.stdout.split("rule ")[1:]}
+    assert blocks.keys() >= set(STAGES)
+    for stage, partition, gpu, minutes in (
+        ("encode", "gpu", 1, 18),
+        ("cluster", "cpu", 0, 13),
+        ("sample", "gpu", 1, 16),
+    ):
+        (resources,) = [line for line in blocks[stage].splitlines() if line.strip().startswith("resources:")]
+        for wanted in (f"slurm_partition={partition}", f"gpu={gpu}", f"runtime={minutes}"):
+            assert wanted in resources, (stage, resources)
 
 
 BAD: dict[str, tuple[list[str], list[str]]] = {

@@ -184,8 +184,51 @@ class Fit(Strict):
         return {key: value for key, value in content.items() if value not in ("kl", "dit")}
 
 
+class FineTune(Strict):
+    """Go on training a pre-trained DiT on the latents of the run's training images; its autoencoder stays as it is."""
+
+    trainable: Literal["difffit", "all"] = Field(
+        "difffit",
+        description="biases, norms, label embeddings and a scale for each block's branches (DiffFit); or all weights",
+    )
+    steps: PositiveInt = 24_000
+    batch_size: PositiveInt = Field(256, description="of all GPUs together")
+    learning_rate: PositiveFloat | None = Field(None, description="default: 1e-3 for difffit, 1e-4 for all")
+    warmup: NonNegativeInt = 500
+    weight_decay: NonNegativeFloat = 0.0
+    ema: Fraction = Field(0.9999, description="decay of the averaged weights, the ones that are kept")
+    label_dropout: Fraction = Field(0.1, description="chance that a label is replaced by the null class, for guidance")
+    new_classes: Literal["mean", "random"] = Field(
+        "mean",
+        description="embedding with which classes begin that the backbone does not know by name: the mean of those it knows, "
+        "or a draw with their mean and spread; those that it knows keep theirs",
+    )
+    seed: Annotated[int, Field(ge=0, le=255)] = 0
+    gpus: PositiveInt = Field(1, description="share the batch among so many; changes results by rounding only")
+    micro_batch: PositiveInt = Field(32, description="images per GPU in one pass; likewise")
+    checkpoint_every: PositiveInt = Field(
+        500, description="steps between checkpoints; a killed fit resumes at the last"
+    )
+
+    @model_validator(mode="after")
+    def _shared(self) -> FineTune:
+        if self.batch_size % self.gpus:
+            raise ValueError(f"batch_size ({self.batch_size}) cannot be shared equally among {self.gpus} gpus")
+        return self
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate."""
+        return self.learning_rate or {"difffit": 1e-3, "all": 1e-4}[self.trainable]
+
+    def identity(self) -> dict[str, Any]:
+        """Return what determines the fine-tuned weights."""
+        content = self.model_dump(mode="json", exclude={"gpus", "micro_batch", "checkpoint_every"})
+        return {**content, "learning_rate": self.rate}
+
+
 class Backbone(Strict):
-    """A pre-trained backbone, or one to be fitted."""
+    """A pre-trained backbone as it is or to be fine-tuned, or one to be fitted."""
 
     path: str | None = Field(
         None,
@@ -195,6 +238,7 @@ class Backbone(Strict):
     vae: str | None = Field(
         None, description="autoencoder in place of the backbone's own: a directory, or a repository's id in the cache"
     )
+    finetune: FineTune | None = Field(None, description="train the backbone at path further on this run's images")
     fit: Fit | None = None
 
     @model_validator(mode="after")
@@ -205,6 +249,8 @@ class Backbone(Strict):
             )
         if self.fit is not None and self.vae is not None:
             raise ValueError("vae belongs to path; fit trains an autoencoder of its own")
+        if self.fit is not None and self.finetune is not None:
+            raise ValueError("finetune belongs to path, the backbone to begin with; fit begins with none")
         return self
 
 
@@ -684,6 +730,14 @@ class Compute(Strict):
     invert_batch: PositiveInt = 128
     sample_batch: PositiveInt = 128
     workers: PositiveInt = Field(4, description="threads that decode images")
+    gpu: str | None = Field(
+        None,
+        description="what plan counts hours of, such as h100; default: the device that stillhouse bench measured last",
+    )
+    price_per_gpu_hour: PositiveFloat | None = Field(None, description="in any currency; plan multiplies it")
+    attempts: PositiveInt = Field(
+        3, description="failures of a class after which it is set aside, until `stillhouse retry`"
+    )
 
 
 class Report(Strict):

@@ -7,8 +7,8 @@ the result that its recipe names does not exist.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,6 +51,9 @@ RECIPES = {
 }
 PROTOCOLS = {"hard-sgd": partial(hard_label_settings, "sgd"), "hard-adamw": partial(hard_label_settings, "adamw")}
 CLASS_STAGES = ("encode", "features", "cluster", "invert", "experts", "sample", "match")
+GPU_STAGES = (  # those that use a GPU
+    *("fit_backbone", "encode", "features", "invert", "experts", "sample", "match", "evaluate", "measure"),
+)
 # What of a matching method changes how long it takes, or is in the digests of its experts.
 _MATTERS_OF_SPEED: dict[str, Any] = {
     **dict.fromkeys(("summary", "paper", "chunk", "checkpointing", "checkpoint_every", "experts_per_job"), True),
@@ -75,6 +78,12 @@ class Training:
     architecture: Architecture
     repeat: int
 
+    @property
+    def name(self) -> str:
+        """What it is called for people."""
+        made = self.set
+        return f"{made.method} IPC {made.ipc} seed {made.seed} {self.architecture.name} repeat {self.repeat}"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -98,6 +107,32 @@ class Job:
     def manifest(self) -> str:
         """Path of the manifest below the results directory."""
         return f"manifests/{self.stage}/{self.shard}.{self.digest[:PREFIX]}.json"
+
+
+def student_recipe(config: RunConfig, architecture: Architecture, classes: int, epochs: int, seed: int) -> Recipe:
+    """Return the recipe of a run's trainings of an architecture."""
+    settings = config.evaluation
+    own = {key: getattr(settings, key) for key in ("batch_size", "learning_rate", "weight_decay")}
+    return Recipe(
+        architecture=architecture.name,
+        width=architecture.width,
+        resolution=settings.resolution,
+        classes=classes,
+        epochs=epochs,
+        evaluations=settings.evaluations,
+        crop_scale=settings.crop_scale,
+        flip=settings.flip,
+        jitter=(settings.jitter,) * 3,
+        lighting=settings.lighting,
+        cutmix_probability=settings.cutmix,
+        seed=seed,
+        **{**PROTOCOLS[settings.protocol](classes), **{k: v for k, v in own.items() if v is not None}},
+    )
+
+
+def digest_of_set(images: Mapping[str, str]) -> str:
+    """Return the digest of a set, given the digest of each class's images in label order."""
+    return digest({"stage": "export", "recipe": RECIPES["export"], "classes": [list(item) for item in images.items()]})
 
 
 T = TypeVar("T")
@@ -142,44 +177,94 @@ class Recipes:
     @cached_property
     def backbone(self) -> Checkpoint:
         """The backbone: on disk, or one that fit_backbone will make."""
-        cache = self.config.results / "cache"
-        if self.config.backbone.path is not None:
-            return open_checkpoint(self.config.backbone.path, cache, self.config.backbone.vae)
-        identity = self.fit_digest
-        path = self.config.results / "store" / "backbones" / identity[:PREFIX]
-        labels = {name: index for index, name in enumerate(self.classes)}
-        assert self.config.backbone.fit is not None
-        side = self.config.dataset.resolution // 2 ** (len(self.config.backbone.fit.vae.channels) - 1)
+        if self.config.backbone.path is None:
+            return self._fitted
+        return self.pretrained if self.config.backbone.finetune is None else self._finetuned
+
+    @cached_property
+    def pretrained(self) -> Checkpoint:
+        """The backbone at ``backbone.path``."""
+        assert self.config.backbone.path is not None
+        found = open_checkpoint(self.config.backbone.path, self.config.results / "cache", self.config.backbone.vae)
+        return found.at(self.config.dataset.resolution)
+
+    @cached_property
+    def _fitted(self) -> Checkpoint:
+        fit, identity = self.config.backbone.fit, self.fit_digest
+        assert fit is not None
+        side = self.config.dataset.resolution // 2 ** (len(fit.vae.channels) - 1)
         return Checkpoint(
-            path, digest([identity, "vae"]), digest([identity, "transformer"]), TIMESTEPS, labels, latent_side=side
+            self._fit_place,
+            digest([identity, "vae"]),
+            digest([identity, "transformer"]),
+            TIMESTEPS,
+            self._own_labels,
+            latent_side=side,
         )
 
     @cached_property
+    def _finetuned(self) -> Checkpoint:
+        """The pre-trained backbone with another denoiser; what its autoencoder encodes is encoded once for both."""
+        network = {**self.pretrained.denoiser_config, "num_embeds_ada_norm": len(self.classes)}
+        return replace(
+            self.pretrained,
+            path=self._fit_place,
+            denoiser=digest([self.fit_digest, "transformer"]),
+            labels=self._own_labels,
+            vae_path=self.pretrained.autoencoder,
+            denoiser_config=network,
+        )
+
+    @property
+    def _fit_place(self) -> Path:
+        return self.config.results / "store" / "backbones" / self.fit_digest[:PREFIX]
+
+    @property
+    def _own_labels(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.classes)}
+
+    @property
+    def fits(self) -> bool:
+        """Say whether fit_backbone makes this run's denoiser."""
+        return self.config.backbone.fit is not None or self.config.backbone.finetune is not None
+
+    @cached_property
     def fit_digest(self) -> str:
-        """Digest of the backbone that this run fits, over the training images of all its classes."""
+        """Digest of the backbone that this run fits or fine-tunes, on the training images of all its classes."""
+        shared = {"stage": "fit_backbone", "recipe": RECIPES["fit_backbone"]}
+        tune = self.config.backbone.finetune
+        if tune is not None:
+            known = {name: self.pretrained.labels.get(name) for name in self.classes}
+            content = {"denoiser": self.pretrained.denoiser, "labels": list(known.items()), "finetune": tune.identity()}
+            return digest({**shared, **content, "latents": self._latents_of(self.pretrained.vae)})
         assert self.config.backbone.fit is not None
         return digest(
             {
-                "stage": "fit_backbone",
-                "recipe": RECIPES["fit_backbone"],
+                **shared,
                 "images": [[name, self.catalog.fingerprint(name, "train")] for name in self.classes],
                 "preprocessing": self._preprocessing,
                 "fit": self.config.backbone.fit.identity(),
             }
         )
 
+    def _latents_of(self, vae: str) -> str:
+        return digest([[name, self._encoded(name, vae).digest] for name in self.classes])
+
     # ---------------------------------------------------------------- class-level results
 
     @remembered
     def latents(self, class_name: str) -> Result:
         """The VAE posterior of a class's real images: ``mean`` and ``logvar`` (n, c, h, w) fp16, unscaled."""
+        return self._encoded(class_name, self.backbone.vae)
+
+    def _encoded(self, class_name: str, vae: str) -> Result:
         return self._result(
             "encode",
             class_name,
             images=self.catalog.fingerprint(class_name, "train"),
             preprocessing=self._preprocessing,
             flip=self.config.encode.flip,
-            vae=self.backbone.vae,
+            vae=vae,
             dtype=self.config.compute.dtype,
         )
 
@@ -311,7 +396,7 @@ class Recipes:
 
     @cached_property
     def _all_latents(self) -> str:
-        return digest([[name, self.latents(name).digest] for name in self.classes])
+        return self._latents_of(self.backbone.vae)
 
     @remembered
     def experts(self, method: str) -> list[Result]:
@@ -407,13 +492,7 @@ class Recipes:
     @remembered
     def set_digest(self, wanted: SampleSet) -> str:
         """Return the digest of a set: its classes in label order, and what each is made of."""
-        return digest(
-            {
-                "stage": "export",
-                "recipe": RECIPES["export"],
-                "classes": [[name, self.samples(name, wanted).digest] for name in self.classes],
-            }
-        )
+        return digest_of_set({name: self.samples(name, wanted).digest for name in self.classes})
 
     def set_directory(self, wanted: SampleSet) -> Path:
         """Return the folder of a set's exported images."""
@@ -438,23 +517,9 @@ class Recipes:
 
     def student(self, training: Training) -> Recipe:
         """Return the training's recipe: the protocol's published values, overlaid by what is configured."""
-        settings = self.config.evaluation
-        own = {key: getattr(settings, key) for key in ("batch_size", "learning_rate", "weight_decay")}
-        return Recipe(
-            architecture=training.architecture.name,
-            width=training.architecture.width,
-            resolution=settings.resolution,
-            classes=len(self.classes),
-            epochs=self.epochs(training.set.ipc),
-            evaluations=settings.evaluations,
-            crop_scale=settings.crop_scale,
-            flip=settings.flip,
-            jitter=(settings.jitter,) * 3,
-            lighting=settings.lighting,
-            cutmix_probability=settings.cutmix,
-            seed=1000 * training.set.seed + training.repeat,
-            **{**PROTOCOLS[settings.protocol](len(self.classes)), **{k: v for k, v in own.items() if v is not None}},
-        )
+        seed = 1000 * training.set.seed + training.repeat
+        epochs = self.epochs(training.set.ipc)
+        return student_recipe(self.config, training.architecture, len(self.classes), epochs, seed)
 
     def training_recipe(self, training: Training) -> dict[str, Any]:
         """Return everything that determines a training."""
@@ -469,7 +534,11 @@ class Recipes:
 
     def training_path(self, training: Training) -> Path:
         """Return the file that holds a training's score."""
-        return self.store.root / "evaluate" / f"{digest(self.training_recipe(training))[:PREFIX]}.json"
+        return self.store.root / f"{self.training_place(training)}.json"
+
+    def training_place(self, training: Training) -> str:
+        """Return what identifies a training below the store's root."""
+        return f"evaluate/{digest(self.training_recipe(training))[:PREFIX]}"
 
     def measure_recipe(self, wanted: SampleSet) -> dict[str, Any]:
         """Return everything that determines the measurement of a set against the real images."""
@@ -594,7 +663,7 @@ class Recipes:
                 made.append(self.config.dataset.on_bad_image)
             return made, len(results), self._needs(stage, shard)
         if stage == "fit_backbone":
-            return self.fit_digest, 1, []
+            return self.fit_digest, 1, self._needs(stage, shard)
         if stage == "export":
             sets = self.sets(shard)
             return (
@@ -624,8 +693,9 @@ class Recipes:
             exclude={
                 "results": True,
                 "dataset": {"root", "test_root", "test_labels"},
-                "backbone": {"path", "vae"},
+                "backbone": {"path", "vae", "finetune"},
                 "evaluation": {"inception"},
+                "compute": {"gpu", "price_per_gpu_hour"},
             },
         )
         measured = [
@@ -641,18 +711,25 @@ class Recipes:
         return matched or [("sample", f"{method}-{number}") for number in self.shards]
 
     def _needs(self, stage: str, shard: str) -> list[tuple[str, str]]:
-        fit = [("fit_backbone", "backbone")] if self.config.backbone.fit is not None else []
+        tunes = self.config.backbone.finetune is not None
+        fit = [("fit_backbone", "backbone")] if self.fits else []
+        if stage == "fit_backbone":
+            return [("encode", number) for number in self.shards] if tunes else []
         if stage == "encode":
-            return fit
+            return [] if tunes else fit
         if stage in ("experts", "features"):
             return []
+        # A fitted autoencoder comes before encode; a fine-tuned denoiser comes after it, before what denoises.
+        denoiser = fit if tunes else []
         if stage == "match":
             wanted, _ = self.match_set(shard)
             experts = [("experts", job) for job in self.expert_jobs(wanted.method)]
             shards = self.shards if experts else [shard.rpartition("-")[2]]
-            return [*(("encode", number) for number in shards), *experts]
-        if stage != "sample":
+            return [*(("encode", number) for number in shards), *experts, *denoiser]
+        if stage == "cluster":
             return [("encode", shard)]
+        if stage == "invert":
+            return [("encode", shard), *denoiser]
         name, _, number = shard.rpartition("-")
         method = self.config.methods[name]
         if not isinstance(method, DiffusionMethod):
@@ -660,7 +737,7 @@ class Recipes:
         clustered = method.prototypes is not None or any(isinstance(term, TransportTerm) for term in method.guidance)
         needs = [("cluster", number)] if clustered else []
         needs += [("invert", number)] if isinstance(method.start, GaussianStart) else []
-        return needs or fit
+        return [*needs, *denoiser] or fit
 
     def _evaluate_shards(self, method: str, ipc: int) -> list[str]:
         size = self.config.evaluation.trainings_per_job
@@ -682,7 +759,9 @@ class Recipes:
                     offset_timesteps(self.backbone.timesteps, method.chain.steps)
                 except ValueError as error:
                     raise ConfigError(f"methods.{name}.chain: {error}") from None
-        self._check_shapes()
+        self._check_pools()
+        if self.config.backbone.finetune is not None:
+            self._check_finetune()
         if self.config.evaluation.set_metrics:
             _ = self.feature_space
         for name in self.classes:
@@ -697,6 +776,17 @@ class Recipes:
                     f"class {name}: has {count} training images, fewer than the {most} that {needing} needs at IPC "
                     f"{max(self.config.ipc)}. Add images, leave the class out with dataset.classes, or lower ipc."
                 )
+
+    def _check_finetune(self) -> None:
+        """Refuse to fine-tune what is not a DiT in diffusers format."""
+        path = self.pretrained.path
+        if "num_attention_heads" not in self.pretrained.denoiser_config:
+            raise ConfigError(f"backbone.finetune: {path} has a U-Net; only a DiT can be fine-tuned")
+        if path.is_file():
+            raise ConfigError(
+                f"backbone.finetune: {path} is in its authors' layout, which spaces the timestep's frequencies otherwise than "
+                "diffusers does. Set backbone.path to a directory in diffusers format, such as facebook/DiT-XL-2-256."
+            )
 
     def _images_needed(self, method: CoresetMethod | DiffusionMethod | MatchingMethod) -> int:
         """Return how many real images of a class a method cannot do without."""
@@ -722,18 +812,35 @@ class Recipes:
                 f"spacing {sampler.spacing}; the nearest is {nearest}"
             )
 
-    def _check_shapes(self) -> None:
-        """Refuse images and clustering spaces that do not fit the backbone."""
-        backbone, resolution = self.backbone, self.config.dataset.resolution
-        if backbone.resolution is not None and backbone.resolution != resolution:
-            raise ConfigError(
-                f"dataset.resolution: got {resolution}, but backbone {backbone.path} takes {backbone.resolution} pixels"
-            )
+    def _check_pools(self) -> None:
+        """Refuse clustering spaces that do not fit the backbone."""
         pools = {"cluster": self.config.cluster.pool}
         for name, method in self.config.compared().items():
             if isinstance(prototypes := getattr(method, "prototypes", None), KMeansPrototypes):
                 pools[f"methods.{name}.prototypes"] = prototypes.pool
         for place, pool in pools.items():
-            if backbone.latent_side is not None and backbone.latent_side % pool:
-                side = backbone.latent_side
+            side = self.backbone.latent_side
+            if side is not None and side % pool:
                 raise ConfigError(f"{place}.pool: got {pool}, which does not divide the {side}x{side} latents")
+
+
+PACK = "pack"
+
+
+class Pack(Recipes):
+    """Some classes of a run, whichever shards they are in, as one shard that is called ``pack``."""
+
+    def __init__(self, config: RunConfig, classes: Sequence[str]):
+        super().__init__(config)
+        if unknown := sorted(set(classes) - set(self.classes)):
+            raise ConfigError(f"class {unknown[0]}: is not one of the {len(self.classes)} classes of run {config.run}")
+        self._packed = sorted(set(classes))
+
+    @property
+    def shards(self) -> list[str]:
+        """The one shard."""
+        return [PACK]
+
+    def shard_classes(self, shard: str) -> list[str]:
+        """Return the classes that were named."""
+        return self._packed

@@ -3,7 +3,7 @@
 import pytest
 
 from workflow_scripts.config import Dataset
-from workflow_scripts.data.imagenet import subset_classes, subset_names
+from workflow_scripts.data.imagenet import order_difference, subset_classes, subset_names
 
 
 def test_imagenet_is_sorted_by_wordnet_id() -> None:
@@ -37,3 +37,16 @@ def test_a_subset_is_checked(tmp_path: object) -> None:
         Dataset.model_validate({"source": "imagefolder", "subset": "imagewof", **folders})
     with pytest.raises(ValueError, match="not both"):
         Dataset.model_validate({"source": "imagefolder", "subset": "imagewoof", "classes": ["a"], **folders})
+
+
+def test_a_wrong_order_of_classes_is_named() -> None:
+    order = subset_classes("imagenette")
+    assert order_difference(order, list(order)) is None
+    swapped = [order[0], order[2], order[1], *order[3:]]
+    assert order_difference(order, swapped) == (
+        "label 1 is n02979186 (cassette player), expected n02102040 (English springer) (10 classes, expected 10)"
+    )
+    assert order_difference(order[:3], order[:2]) == (
+        "label 2 is missing, expected n02979186 (cassette player) (2 classes, expected 3)"
+    )
+    assert order_difference(["ant"], ["ant", "bee"]) == "label 1 is bee, expected no more (2 classes, expected 1)"

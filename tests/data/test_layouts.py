@@ -326,7 +326,7 @@ def test_an_image_that_changed_after_it_was_listed_is_refused(tmp_path: Path) ->
             write_tar(train / f"{CLASSES[1]}.tar", {"x.JPEG": b"0" * 5000, **train_files()[CLASSES[1]]})
         else:
             Path(entry.path).write_bytes(picture(5, 5))
-        with pytest.raises(DataError, match=r"changed since it was listed.*--rescan"):
+        with pytest.raises(DataError, match=r"changed since it was listed\. Run the same command again"):
             listed.source.load(entry, CLASSES[1])
 
 
@@ -385,6 +385,39 @@ def test_what_changes_in_a_folder_is_seen_and_an_edit_in_place_with_rescan(
     third = catalog(train, test, look="rescan").fingerprint(name, "train")
     assert third != second
     assert catalog(train, test).fingerprint(name, "train") == third
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("kind", ["imagefolder", "flat"])
+def test_an_image_edited_in_place_is_refused_once_and_then_listed_anew(
+    kind: str, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle(monkeypatch)
+    train, test, name = folders(tmp_path / "train"), folders(tmp_path / "val"), CLASSES[1]
+    if kind == "flat":
+        test = flat(tmp_path / "flat")
+    first = catalog(train, test)
+    before, other = (first.fingerprint(of, split) for of in (name, CLASSES[2]))
+    Path(first.entries(name, split)[0].path).write_bytes(picture(5, 5))
+    second = catalog(train, test)
+    assert second.fingerprint(name, split) == before, "its folder did not change"
+    with pytest.raises(DataError, match="Run the same command again"):
+        second.source.load(second.entries(name, split)[0], name)
+    third = catalog(train, test)
+    assert third.fingerprint(name, split) != before and third.fingerprint(CLASSES[2], split) == other
+    third.source.load(third.entries(name, split)[0], name)
+
+
+def test_an_empty_image_that_is_filled_in_place_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle(monkeypatch)
+    train, test, name = folders(tmp_path / "train"), folders(tmp_path / "val"), CLASSES[1]
+    image = min((train / name).iterdir())
+    content = image.read_bytes()
+    image.write_bytes(b"")
+    with pytest.raises(DataError, match="zero bytes"):
+        catalog(train, test).fingerprint(name, "train")
+    image.write_bytes(content)
+    catalog(train, test).fingerprint(name, "train")
 
 
 def test_a_folder_that_changed_just_now_is_not_noted(tmp_path: Path) -> None:

@@ -274,6 +274,7 @@ def test_a_latent_diffusion_checkpoint_describes_itself(tmp_path: Path, monkeypa
     monkeypatch.setattr(original, "read_state", lambda path: cin256())
     backbone = open_checkpoint(str(path), tmp_path / "cache")
     assert (backbone.resolution, backbone.latent_side, list(backbone.labels)) == (256, 64, WNIDS)
+    assert backbone.at(128).latent_side == 32, "the size at which LD3M was published"
     assert backbone.autoencoder == path
     assert autoencoder_of(path).scaling_factor == 1
     assert backbone.licences == {"denoiser": "unknown", "vae": "unknown"}

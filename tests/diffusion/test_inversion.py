@@ -12,6 +12,7 @@ from workflow_scripts.diffusion.inversion import Moments, invert, noised_moments
 from workflow_scripts.diffusion.sampler import sample
 from workflow_scripts.diffusion.schedule import Grid, respace
 from workflow_scripts.stages.invert import class_gaussian
+from workflow_scripts.stages.memory import Batch
 
 SHAPE = (4, 1, 1)
 MEAN = torch.tensor([1.5, -0.4, 0.0, 0.7], dtype=torch.float64).view(SHAPE)
@@ -220,7 +221,7 @@ def test_noising_has_the_moments_of_noised_latents() -> None:
 @pytest.mark.parametrize("batch", [7, 100])
 def test_noising_asks_no_network_and_keeps_the_start_timestep(batch: int) -> None:
     latents = (MEAN + 0.4 * draws(40, *SHAPE)).float()
-    arrays, facts = class_gaussian(Silent(), latents, recipe(map="noise"), batch)
+    arrays, facts = class_gaussian(Silent(), latents, recipe(map="noise"), Batch(batch))
     abar = linear_schedule()[600]
     expected_mean, expected_variance = abar**0.5 * latents.mean(0), abar * latents.var(0) + 1 - abar
     np.testing.assert_allclose(arrays["mean"], expected_mean, rtol=1e-5, atol=1e-6)
@@ -230,14 +231,14 @@ def test_noising_asks_no_network_and_keeps_the_start_timestep(batch: int) -> Non
 
 
 def test_noising_a_single_image_leaves_the_noises_variance() -> None:
-    arrays, _ = class_gaussian(Silent(), MEAN[None].float(), recipe(map="noise"), 8)
+    arrays, _ = class_gaussian(Silent(), MEAN[None].float(), recipe(map="noise"), Batch(8))
     np.testing.assert_allclose(arrays["variance"], 1 - linear_schedule()[600], rtol=1e-6)
 
 
 @pytest.mark.parametrize("batch", [7, 100])
 def test_class_statistics_are_those_of_its_inverted_latents(batch: int) -> None:
     model, latents = mixture(), draws(20, *SHAPE)
-    arrays, _ = class_gaussian(model, latents, recipe(refinements=1), batch)
+    arrays, _ = class_gaussian(model, latents, recipe(refinements=1), Batch(batch))
     there = inverted(mixture(), respace(model.abar, 50, "leading"), latents, 30, refinements=1)
     np.testing.assert_allclose(arrays["mean"], there.mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(arrays["variance"], there.var(0), rtol=1e-5)

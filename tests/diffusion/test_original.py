@@ -320,7 +320,8 @@ def test_a_latent_diffusion_checkpoint_runs(ldm_file: Path) -> None:
     mean, _ = autoencoder.encode(np.zeros((1, 16, 16, 3), np.uint8))
     assert mean.shape == (1, 3, 4, 4)
     assert autoencoder.decode(mean).shape == (1, 16, 16, 3)
-    assert original.describe(ldm_file)["denoiser"] == "unet"
+    assert Denoiser.load(ldm_file, CPU, torch.float32, side=32).latent_shape == (3, 32, 32)
+    assert (original.describe(ldm_file)["denoiser"], original.describe(ldm_file)["multiple"]) == ("unet", 2)
 
 
 # ---------------------------------------------------------------- refusals

@@ -5,14 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import support
 import yaml
 
-from workflow_scripts.operations import gc, recipe_lock, show, verify
+from workflow_scripts.operations import gc, recipe_lock, show, status, verify
+from workflow_scripts.operations.progress import Progress
 from workflow_scripts.operations.survey import survey
 from workflow_scripts.recipes import CLASS_STAGES, Recipes, SampleSet
+from workflow_scripts.stages.common import resolved_path, write_resolved
 from workflow_scripts.stages.publish import publish
 
 
@@ -29,9 +32,9 @@ def test_a_finished_run_has_nothing_missing(copied: support.Site, capsys: pytest
     assert all(not stage.missing and not stage.jobs_to_run for stage in survey(recipes))
     show.plan(recipes, verbose=True, as_json=False)
     assert "Nothing to run." in capsys.readouterr().out
-    show.status(recipes, as_json=True)
+    status.status(Progress(recipes), every=None, as_json=True, page=None)
     stages = {stage["stage"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
-    assert stages["encode"]["valid"] == 3 and stages["encode"]["missing"] == 0
+    assert stages["encode"]["done"] == 3 and stages["encode"]["missing"] == 0
 
 
 def test_plan_says_which_classes_are_missing_and_why(copied: support.Site, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,10 +58,10 @@ def test_verify_finds_a_flipped_byte_and_only_that_result_is_made_again(copied: 
     assert verify.verify(recipes) == []
     victim = recipes.samples("bee", SampleSet("mgd3", 3, 1))
     before = support.stored(copied.results)
-    chunk = next(path for path in (recipes.store.path(victim) / "latents").rglob("c*") if path.is_file())
-    content = bytearray(chunk.read_bytes())
-    content[len(content) // 2] ^= 1
-    chunk.write_bytes(content)
+    arrays = recipes.store.path(victim) / "arrays.zip"
+    content = bytearray(arrays.read_bytes())
+    content[content.index(recipes.store.read(victim).arrays["latents"].tobytes())] ^= 1
+    arrays.write_bytes(content)
 
     found = verify.verify(recipes)
 
@@ -74,7 +77,7 @@ def test_verify_finds_a_flipped_byte_and_only_that_result_is_made_again(copied: 
     assert verify.verify(recipes) == []
 
 
-@pytest.mark.parametrize("damage", ["image", "card", "lost"])
+@pytest.mark.parametrize("damage", ["image", "card", "lost", "order"])
 def test_verify_finds_a_damaged_set(copied: support.Site, damage: str) -> None:
     recipes = recipes_of(copied)
     folder = recipes.set_directory(SampleSet("dit", 3, 0))
@@ -82,6 +85,10 @@ def test_verify_finds_a_damaged_set(copied: support.Site, damage: str) -> None:
         (folder / "cat" / "0001.png").write_bytes(b"")
     elif damage == "card":
         (folder / "dataset.json").unlink()
+    elif damage == "order":
+        card = json.loads((folder / "dataset.json").read_text())
+        card["classes"].reverse()
+        (folder / "dataset.json").write_text(json.dumps(card))
     else:
         shutil.rmtree(folder)
     found = verify.verify(recipes)
@@ -144,6 +151,51 @@ def test_gc_spares_work_in_progress_for_a_day(copied: support.Site) -> None:
     assert gc.garbage(copied.results, [recipes]) == [leftover]
 
 
+def test_gc_collects_notes_that_no_run_refers_to_when_they_are_old(
+    copied: support.Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workflow_scripts.data.notes.SETTLED_NS", -(10**12))
+    cache, day = copied.results / "cache", gc.LEFTOVER_AGE
+    shutil.rmtree(cache)
+
+    def remember(overrides: dict[str, object]) -> set[os.PathLike[str]]:
+        """Plan, and return the notes that this left behind."""
+        before = set(cache.rglob("*.json"))
+        recipes = recipes_of(copied, overrides)
+        recipes.check()
+        recipes.jobs()
+        write_resolved(recipes.config, resolved_path(recipes.config))
+        return set(cache.rglob("*.json")) - before
+
+    used = remember({"dataset.fingerprint": "content"})
+    moved = copied.results.parent / "moved"
+    shutil.copytree(copied.train, moved)
+    shutil.copytree(copied.backbone, moved.with_name("backbone"))
+    stale = remember(
+        {
+            "dataset.root": str(moved),
+            "backbone.path": str(moved.with_name("backbone")),
+            "dataset.fingerprint": "content",
+        }
+    )
+    kinds = {
+        kind: sum(path.parent.name == kind for path in stale) for kind in ("listings", "hashes", "configs", "cache")
+    }
+    assert kinds == {"listings": 3, "hashes": 3, "configs": 1, "cache": 3}
+
+    def collected(age: float) -> set[os.PathLike[str]]:
+        for path in used | stale:
+            os.utime(path, (time.time() - age,) * 2)
+        run = recipes_of(copied, {"dataset.fingerprint": "content"})
+        return {path for path in gc.garbage(copied.results, [run]) if "cache" in path.parts}
+
+    assert collected(day / 2) == set()
+    assert collected(2 * day) == {path for path in stale if path.parent.name != "configs"}, "a queued job may need it"
+    assert collected(40 * day) == stale
+    gc.delete(sorted(stale))
+    assert remember({"dataset.fingerprint": "content"}) == set(), "what the run needs was kept"
+
+
 def test_the_report_link_follows_the_configuration(copied: support.Site) -> None:
     first = recipes_of(copied)
     link = copied.results / "tiny" / "report"
@@ -200,12 +252,13 @@ def test_the_console_command(copied: support.Site) -> None:
     assert "Traceback" not in failed.stderr
 
 
-def test_the_console_command_plans_without_torch(copied: support.Site) -> None:
+def test_the_console_command_looks_and_submits_without_torch(copied: support.Site) -> None:
     script = (
         "import sys, runpy\n"
-        f"sys.argv = ['stillhouse', 'plan', '--config', {str(copied.results.parent / 'overlay.yaml')!r}]\n"
-        "try: runpy.run_module('workflow_scripts.cli', run_name='__main__')\n"
-        "except SystemExit as end: assert not end.code, end.code\n"
+        "for command in (['plan'], ['status'], ['submit', '--cluster', 'local', '--compact']):\n"
+        f"    sys.argv = ['stillhouse', *command, '--config', {str(copied.results.parent / 'overlay.yaml')!r}]\n"
+        "    try: runpy.run_module('workflow_scripts.cli', run_name='__main__')\n"
+        "    except SystemExit as end: assert not end.code, end.code\n"
         "heavy = {'torch', 'diffusers', 'sklearn', 'zarr', 'torchvision', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

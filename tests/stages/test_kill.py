@@ -134,7 +134,7 @@ def test_a_stage_killed_at_a_step_of_a_commit_loses_that_class_only(
     moments = random.Random(seed)
     for rounds in range(1, 4):
         before = stored(wide_site.results)
-        ended = programs.stage(stage, *command, die_at=moments.randrange(20, 90)).wait()
+        ended = programs.stage(stage, *command, die_at=moments.randrange(6, 30)).wait()
         assert ended.code == -signal.SIGKILL, ended.stderr
         assert stored(wide_site.results).items() > before.items() or len(stored(wide_site.results)) == len(before)
         assert len(list((wide_site.results / "store").glob("*.zarr/*/.tmp-*"))) <= rounds, "more than the class in hand"

@@ -287,6 +287,16 @@ def test_a_fitted_unet_with_a_vq_autoencoder_serves_every_kind_of_method(site: S
 
     opened = Recipes(site.config(changes | {"backbone": {"path": str(folder)}})).backbone
     assert (opened.latent_side, opened.resolution, opened.timesteps) == (4, 16, 1000)
+
+    other = changes | {"backbone": {"path": str(folder)}, "dataset.resolution": 24, "compare": ["dit", "ld3m-dm"]}
+    run_jobs(site.config(other), ("encode", "sample", "match"))
+    larger = Recipes(site.config(other))
+    assert larger.backbone.denoiser != opened.denoiser, "results of one size are never taken for those of another"
+    for name in ("dit", "ld3m-dm"):
+        assert larger.store.read(larger.samples("bee", SampleSet(name, 2, 0))).arrays["images"].shape == (2, 24, 24, 3)
+    with pytest.raises(ConfigError, match="takes multiples of 8 pixels"):
+        Recipes(site.config(other | {"dataset.resolution": 20})).check()
+
     (folder / "class_embedding.safetensors").write_bytes(b"another")
     again = Recipes(site.config(changes | {"backbone": {"path": str(folder)}})).backbone
     assert again.denoiser != opened.denoiser and again.vae == opened.vae

@@ -25,6 +25,7 @@ from workflow_scripts.diffusion.sampler import sample
 from workflow_scripts.diffusion.schedule import Grid, respace
 from workflow_scripts.methods.modes import grow_tree, kmeans
 from workflow_scripts.methods.registry import ClassInputs, is_greedy, needs_pool, prepare_rows, terms_of
+from workflow_scripts.stages.memory import Batch
 from workflow_scripts.stages.sample import sample_results
 from workflow_scripts.store.results import Result
 
@@ -164,15 +165,20 @@ RESULTS = [
 
 
 def make(
-    method: str | DiffusionMethod, results: Sequence[Result], batch: int, *, fixed_shape: bool = False
+    method: str | DiffusionMethod,
+    results: Sequence[Result],
+    batch: int,
+    *,
+    fixed_shape: bool = False,
+    model: Denoiser | None = None,
 ) -> dict[str, torch.Tensor]:
     chosen = method_of(method) if isinstance(method, str) else method
 
     pool = flat_latents if needs_pool(chosen) else None
     options: dict[str, Any] = {"fixed_shape": fixed_shape, "latents_of": pool}
-    made = list(sample_results(denoiser(), chosen, list(results), preparer(chosen), batch, **options))
-    expected = sorted(results, key=lambda one: one.recipe["ipc"]) if is_greedy(chosen) else list(results)
-    assert [one for one, _ in made] == expected, "results come in the order asked for, or the short ones first"
+    wanted = sorted(results, key=lambda one: one.recipe["ipc"]) if is_greedy(chosen) else list(results)
+    made = list(sample_results(model or denoiser(), chosen, wanted, preparer(chosen), Batch(batch), **options))
+    assert [one for one, _ in made] == wanted, "results come in the order asked for"
     return {one.digest: latents for one, latents in made}
 
 
@@ -290,12 +296,49 @@ def test_batches_are_full_and_the_last_is_padded(fixed_shape: bool, sizes: set[i
             method,
             RESULTS,
             preparer(method),
-            7,
+            Batch(7),
             fixed_shape=fixed_shape,
         )
     )
     assert set(counting.sizes) == sizes
     assert len(counting.sizes) == 3 * 10
+
+
+class Small(Counting):
+    """A network for which the GPU's memory suffices up to some number of rows."""
+
+    limit = 6
+
+    def forward(self, x: torch.Tensor, *rest: torch.Tensor) -> object:
+        if len(x) > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(x, *rest)
+
+
+@pytest.mark.parametrize("fixed_shape", [True, False])
+def test_batches_become_smaller_when_memory_runs_out(fixed_shape: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = denoiser()
+    small = Small(whole.model)
+    model = Denoiser(small, whole.abar, whole.null_label, SHAPE, CPU)
+    found, usual = make("plain", RESULTS, 12, fixed_shape=fixed_shape, model=model), make("plain", RESULTS, 12)
+    for key, latents in usual.items():
+        torch.testing.assert_close(found[key], latents)
+    assert set(small.sizes) <= ({6} if fixed_shape else {2, 4, 6}), "guidance doubles rows: three fit"
+    assert capsys.readouterr().err.count("Out of GPU memory") == 2, "12 rows, 6 rows, and then 3 for good"
+
+
+def test_the_rows_of_a_joint_set_stay_together_when_memory_runs_out() -> None:
+    whole, method = denoiser(), method_of("dmgd-joint")
+    small = Small(whole.model)
+    small.limit = 2 * max(one.recipe["ipc"] for one in RESULTS)
+    model = Denoiser(small, whole.abar, whole.null_label, SHAPE, CPU)
+    found, usual = make(method, RESULTS, 20, model=model), make(method, RESULTS, 20)
+    for key, latents in usual.items():
+        torch.testing.assert_close(found[key], latents)
+
+    small.limit -= 1
+    with pytest.raises(torch.OutOfMemoryError):
+        make(method, RESULTS, 20, model=model)
 
 
 def test_results_are_yielded_as_soon_as_their_rows_are_done() -> None:
@@ -306,7 +349,7 @@ def test_results_are_yielded_as_soon_as_their_rows_are_done() -> None:
         prepared.append(one)
         return preparer(method)(one, grid)
 
-    generator = sample_results(denoiser(), method, RESULTS, prepare, 3, fixed_shape=False)
+    generator = sample_results(denoiser(), method, RESULTS, prepare, Batch(3), fixed_shape=False)
     first, _ = next(generator)
     assert first is RESULTS[0]
     assert len(prepared) == 2  # ant's one row and two of bee's filled the batch of three
@@ -317,4 +360,4 @@ def test_results_are_yielded_as_soon_as_their_rows_are_done() -> None:
 
 
 def test_nothing_to_do() -> None:
-    assert list(sample_results(denoiser(), method_of("plain"), [], lambda *_: {}, 4, fixed_shape=True)) == []
+    assert list(sample_results(denoiser(), method_of("plain"), [], lambda *_: {}, Batch(4), fixed_shape=True)) == []

@@ -151,7 +151,7 @@ def test_commits_of_the_same_result_at_once_do_no_harm(tmp_path: Path, programs:
 
 
 def commit_with_small_files(root: str) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
     store = Store(Path(root))
     store.commit(result(2), ARRAYS, {})
     for wanted, size in ((result(3), 50_000), (result(4), 5_000)):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from zarr.storage import ZipStore
 
 from workflow_scripts.errors import StoreError
 from workflow_scripts.store.digests import PREFIX, digest, file_digests
@@ -102,6 +104,20 @@ def test_any_array_is_read_back_to_the_bit(array: np.ndarray, store: Store) -> N
     assert again.tobytes() == array.tobytes()
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["zip", "folder per array"])
+def test_an_array_is_mapped_without_reading_it_whole(packed: bool, committed: Store) -> None:
+    if not packed:
+        unpack(committed.path(result()))
+    for name, array in ARRAYS.items():
+        mapped = committed.mapped(result(), name)
+        assert isinstance(mapped, np.memmap) and mapped.dtype == array.dtype
+        np.testing.assert_array_equal(mapped, array)
+        np.testing.assert_array_equal(mapped[[2, 0]], array[[2, 0]])
+    for wanted, name in ((result(), "other"), (result("bee"), "images")):
+        with pytest.raises(StoreError, match="stillhouse verify"):
+            committed.mapped(wanted, name)
+
+
 def test_the_record_says_where_a_result_comes_from(committed: Store) -> None:
     record = committed.record(result())
     assert record == committed.read(result()).record
@@ -113,29 +129,47 @@ def test_the_record_says_where_a_result_comes_from(committed: Store) -> None:
 
 
 def test_zarr_itself_can_read_a_result(committed: Store) -> None:
-    group = zarr.open_group(str(committed.path(result())), mode="r")
-    assert group.attrs["digest"] == result().digest
-    for name, array in ARRAYS.items():
-        np.testing.assert_array_equal(
-            np.asarray(zarr.open_array(str(committed.path(result()) / name), mode="r")[...]), array
-        )
-
-
-def test_one_chunk_per_array_and_few_files(committed: Store) -> None:
     path = committed.path(result())
-    assert [str(file.relative_to(path)) for file in files(path)] == [
-        "images/c.0.0.0.0",
-        "images/zarr.json",
-        "latents/c.0.0.0.0",
-        "latents/zarr.json",
-        "zarr.json",
-    ]
-    for name, array in ARRAYS.items():
-        metadata = json.loads((path / name / "zarr.json").read_text())
-        assert metadata["chunk_grid"]["configuration"]["chunk_shape"] == list(array.shape)
-        assert metadata["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "."}}
-    assert json.loads((path / "latents" / "zarr.json").read_text())["fill_value"] == "NaN", "a hole shows"
-    assert "consolidated_metadata" not in json.loads((path / "zarr.json").read_text())
+    assert zarr.open_group(str(path), mode="r").attrs["digest"] == result().digest
+    with ZipStore(path / "arrays.zip", mode="r") as packed:
+        group = zarr.open_group(packed, mode="r")
+        assert set(group.array_keys()) == set(ARRAYS)
+        for name, array in ARRAYS.items():
+            np.testing.assert_array_equal(np.asarray(group[name][...]), array)
+
+
+def test_one_chunk_per_array_and_two_files(committed: Store) -> None:
+    path = committed.path(result())
+    assert [file.name for file in files(path)] == ["arrays.zip", "zarr.json"]
+    with zipfile.ZipFile(path / "arrays.zip") as packed:
+        assert sorted(packed.namelist()) == [
+            "images/c.0.0.0.0",
+            "images/zarr.json",
+            "latents/c.0.0.0.0",
+            "latents/zarr.json",
+            "zarr.json",
+        ]
+        for name, array in ARRAYS.items():
+            metadata = json.loads(packed.read(f"{name}/zarr.json"))
+            assert metadata["chunk_grid"]["configuration"]["chunk_shape"] == list(array.shape)
+            assert metadata["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "."}}
+        assert json.loads(packed.read("latents/zarr.json"))["fill_value"] == "NaN", "a hole shows"
+        assert "consolidated_metadata" not in json.loads(packed.read("zarr.json"))
+
+
+def unpack(path: Path) -> None:
+    """Lay a result out as it was once: a folder per array beside the record."""
+    with zipfile.ZipFile(path / "arrays.zip") as packed:
+        for name in packed.namelist():
+            if name != "zarr.json":
+                packed.extract(name, path)
+    (path / "arrays.zip").unlink()
+
+
+def test_results_with_a_folder_per_array_are_read(committed: Store) -> None:
+    unpack(committed.path(result()))
+    same(committed.read(result()).arrays, ARRAYS)
+    assert list(committed.read(result(), "images").arrays) == ["images"]
 
 
 def test_nothing_is_shared_between_results(committed: Store) -> None:
@@ -179,27 +213,46 @@ def damaged(committed: Store) -> None:
 @pytest.mark.parametrize("name", list(ARRAYS))
 @pytest.mark.parametrize("place", [0, 0.5, 1])
 def test_a_flipped_bit_is_noticed(place: float, name: str, committed: Store) -> None:
-    chunk = committed.path(result()) / name / "c.0.0.0.0"
-    content = bytearray(chunk.read_bytes())
-    content[round(place * (len(content) - 1))] ^= 1
-    chunk.write_bytes(content)
+    path = committed.path(result()) / "arrays.zip"
+    content = bytearray(path.read_bytes())
+    array = ARRAYS[name].tobytes()
+    content[content.index(array) + round(place * (len(array) - 1))] ^= 1
+    path.write_bytes(content)
     damaged(committed)
     other = next(key for key in ARRAYS if key != name)
     np.testing.assert_array_equal(committed.read(result(), other).arrays[other], ARRAYS[other])
 
 
+def member(name: str, change: Callable[[bytes], bytes | None]) -> Callable[[Path], None]:
+    """Change a file in the zip (None: leave it out), so that the zip itself is in order."""
+
+    def repack(path: Path) -> None:
+        with zipfile.ZipFile(path / "arrays.zip") as packed:
+            content = {key: packed.read(key) for key in packed.namelist()}
+        with zipfile.ZipFile(path / "arrays.zip", "w") as packed:
+            for key, old in content.items():
+                if (new := change(old) if key == name else old) is not None:
+                    packed.writestr(key, new)
+
+    return repack
+
+
+IMAGES, METADATA = "images/c.0.0.0.0", "images/zarr.json"
 DAMAGE: dict[str, Callable[[Path], Any]] = {
-    "truncated chunk": lambda path: os.truncate(path / "images/c.0.0.0.0", 100),
-    "empty chunk": lambda path: os.truncate(path / "images/c.0.0.0.0", 0),
-    "longer chunk": lambda path: (path / "images/c.0.0.0.0").write_bytes(bytes(10_000)),
-    "missing chunk": lambda path: (path / "images/c.0.0.0.0").unlink(),
-    "missing chunk of floats": lambda path: (path / "latents/c.0.0.0.0").unlink(),
-    "missing array": lambda path: shutil.rmtree(path / "images"),
-    "missing metadata of an array": lambda path: (path / "images/zarr.json").unlink(),
-    "empty metadata of an array": lambda path: os.truncate(path / "images/zarr.json", 0),
-    "truncated metadata of an array": lambda path: os.truncate(path / "images/zarr.json", 80),
-    "other metadata of an array": lambda path: (path / "images/zarr.json").write_text("{}"),
-    "metadata that is a list": lambda path: (path / "images/zarr.json").write_text("[]"),
+    "truncated chunk": member(IMAGES, lambda old: old[:100]),
+    "empty chunk": member(IMAGES, lambda old: b""),
+    "longer chunk": member(IMAGES, lambda old: bytes(10_000)),
+    "missing chunk": member(IMAGES, lambda old: None),
+    "missing chunk of floats": member("latents/c.0.0.0.0", lambda old: None),
+    "missing metadata of an array": member(METADATA, lambda old: None),
+    "empty metadata of an array": member(METADATA, lambda old: b""),
+    "truncated metadata of an array": member(METADATA, lambda old: old[:80]),
+    "other metadata of an array": member(METADATA, lambda old: b"{}"),
+    "metadata that is a list": member(METADATA, lambda old: b"[]"),
+    "missing arrays": lambda path: (path / "arrays.zip").unlink(),
+    "empty arrays": lambda path: os.truncate(path / "arrays.zip", 0),
+    "truncated arrays": lambda path: os.truncate(path / "arrays.zip", 300),
+    "arrays that are no zip": lambda path: (path / "arrays.zip").write_bytes(bytes(300)),
     "missing record": lambda path: (path / "zarr.json").unlink(),
     "empty record": lambda path: os.truncate(path / "zarr.json", 0),
     "truncated record": lambda path: os.truncate(path / "zarr.json", 80),
@@ -226,13 +279,13 @@ def test_a_damaged_record_is_explained_when_read_alone(damage: str, committed: S
 
 
 def test_flipped_bits_in_metadata_never_give_other_arrays(committed: Store) -> None:
-    """Whatever happens to a byte of an array's description, reading gives the arrays that were stored, or a StoreError."""
+    """Whatever happens to a byte of a result, reading gives the arrays that were stored, or a StoreError."""
     random = np.random.default_rng(0)
     path = committed.path(result())
     unexplained = []
-    for file in (path / "images/zarr.json", path / "latents/zarr.json", path / "zarr.json"):
+    for file, count in ((path / "arrays.zip", 150), (path / "zarr.json", 60)):
         content = file.read_bytes()
-        for at in random.choice(len(content), 60, replace=False):
+        for at in random.choice(len(content), count, replace=False):
             broken = bytearray(content)
             broken[at] ^= 1 << int(random.integers(7))
             file.write_bytes(broken)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from workflow_scripts.config import Dataset
 from workflow_scripts.data.digits_photo import DigitsPhoto
 from workflow_scripts.data.layouts import Layouts, Summary, detect, open_layout, summarise
 from workflow_scripts.data.notes import Notes, State
-from workflow_scripts.data.sources import Digits, ImageEntry, Source, Split
+from workflow_scripts.data.sources import ChangedImage, Digits, ImageEntry, Source, Split
 from workflow_scripts.errors import DataError
 from workflow_scripts.store.digests import PREFIX, digest
 from workflow_scripts.store.files import write_atomically
@@ -99,6 +100,13 @@ class Catalog:
             for split, layout in self.source.splits.items()
         }
 
+    def notes(self) -> Iterator[Path]:
+        """Yield the files that hold, or would hold, what was found out about the run's images."""
+        for split, layout in self.source.splits.items() if isinstance(self.source, Layouts) else ():
+            for name in self.classes:
+                yield from layout.noted_in(name)
+                yield self._hash_path(name, split)
+
     def changed_bytes(self) -> list[str]:
         """Hash every image of the run, and return the places of those whose bytes changed though nothing else did.
 
@@ -124,6 +132,8 @@ class Catalog:
                 f"class {class_name}: has no {split} image. Add images to its folder, or leave it out with dataset.classes."
             )
         if self.dataset.on_bad_image == "fail" and (empty := summary["empty"]):
+            if isinstance(self.source, Layouts):  # filling the file in place does not change its folder
+                self.source.splits[split].forget(class_name)
             raise DataError(
                 f"{empty[0]} (class {class_name}): zero bytes{f', and {len(empty) - 1} more like it' if empty[1:] else ''}. "
                 "Replace or remove it, or set dataset.on_bad_image: skip to leave such images out."
@@ -161,7 +171,12 @@ class Catalog:
                     jobs.append((entry, images))
             hashes[name] = (entries, state, images, before)
         for entry, images in sorted(jobs, key=lambda job: (job[0].path, job[0].offset or 0)):
-            sha256 = hashlib.sha256(layout.read(entry)).hexdigest()
+            try:
+                sha256 = hashlib.sha256(layout.read(entry)).hexdigest()
+            except ChangedImage:
+                for name in hashes:
+                    layout.forget(name)
+                raise
             images[entry.key] = [entry.size, entry.mtime_ns, sha256]
         for name, (entries, state, images, before) in hashes.items():
             older = before.get("images", {})

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,24 @@ def wnids() -> tuple[str, ...]:
 def class_title(name: str) -> str:
     """Return what people call a class: the first synonym of a WordNet id, and any other name as it is."""
     return str(_table()["classes"].get(name, name)).split(",")[0]
+
+
+def titled(name: str) -> str:
+    """Return a class's name, and what people call it if that is something else."""
+    title = class_title(name)
+    return name if title == name else f"{name} ({title})"
+
+
+def order_difference(expected: Sequence[str], found: Sequence[str]) -> str | None:
+    """Say where a list of classes first differs from the one that is expected, or None if it does not."""
+    for place, (right, wrong) in enumerate(zip_longest(expected, found)):
+        if right != wrong:
+            named = [
+                f"label {place} is {titled(wrong) if wrong else 'missing'}",
+                f"expected {titled(right) if right else 'no more'}",
+            ]
+            return f"{', '.join(named)} ({len(found)} classes, expected {len(expected)})"
+    return None
 
 
 # The classes of the first validation images, by which a wrong order of labels shows itself.

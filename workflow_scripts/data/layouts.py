@@ -31,7 +31,7 @@ from PIL import Image
 
 from workflow_scripts.data.imagenet import class_names, class_title, contradiction, wnids
 from workflow_scripts.data.notes import Note, Notes, State, state_of
-from workflow_scripts.data.sources import ImageEntry, Split, decode, is_image, list_folder, read_file
+from workflow_scripts.data.sources import ChangedImage, ImageEntry, Split, decode, is_image, list_folder, read_file
 from workflow_scripts.data.validation_labels import ValidationLabels
 from workflow_scripts.errors import DataError
 from workflow_scripts.store.digests import digest
@@ -85,6 +85,14 @@ class Layout:
     def read(self, entry: ImageEntry) -> bytes:
         """Return an image's bytes."""
         return read_file(entry)
+
+    def forget(self, class_name: str) -> None:
+        """Drop what is noted of a class, so that it is listed anew."""
+        self.notes.forget(self._about(class_name))
+
+    def noted_in(self, class_name: str) -> list[Path]:
+        """Return the files in which notes on a class are."""
+        return [self.notes.place(self._about(class_name))]
 
     def _about(self, what: str) -> str:
         return f"{type(self).__name__} {self.split} {what} in {self._resolved}"
@@ -238,6 +246,10 @@ class Mixed(Layout):
     def together(self, class_name: str) -> list[str]:
         """Return all classes."""
         return self.classes()
+
+    def noted_in(self, class_name: str) -> list[Path]:
+        """Return the files in which notes on a class, and on which classes there are, are."""
+        return [*super().noted_in(class_name), self.notes.place(self._about("all classes"))]
 
     @cached_property
     def _state(self) -> State:
@@ -586,7 +598,12 @@ class Layouts:
 
     def load(self, entry: ImageEntry, class_name: str) -> Image.Image:
         """Decode one image to RGB, upright according to its EXIF orientation."""
-        return decode(entry, class_name, self._read)
+        try:
+            return decode(entry, class_name, self._read)
+        except ChangedImage:
+            for layout in self.splits.values():
+                layout.forget(class_name)
+            raise
 
     def _read(self, entry: ImageEntry) -> bytes:
         reader = next((s for s in self.splits.values() if isinstance(s, Parquet)), None)

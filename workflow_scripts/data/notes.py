@@ -55,7 +55,7 @@ class Notes:
 
     def get(self, about: str, state: State, make: Callable[[], tuple[Any, Any]]) -> Note:
         """Return the note about something, made anew by ``make() -> head, body`` if the state is another one."""
-        path = self._place(about)
+        path = self.place(about)
         if not self._fresh or path in self._made:
             with contextlib.suppress(OSError, ValueError, KeyError), path.open() as file:
                 first = json.loads(file.readline())
@@ -70,13 +70,19 @@ class Notes:
         """Keep a note, unless the files changed too shortly before their state was asked for."""
         if max((max(times) for _, _, *times in state), default=0) > began - SETTLED_NS:
             return
-        path = self._place(about)
+        path = self.place(about)
         with contextlib.suppress(StoreError):  # a note that cannot be kept is made again
             lines = (json.dumps({"about": about, "state": state, "head": head}), json.dumps(body))
             write_atomically(path, "\n".join(lines), durable=False)
             self._made.add(path)
 
-    def _place(self, about: str) -> Path:
+    def forget(self, about: str) -> None:
+        """Drop a note that turned out not to be true."""
+        with contextlib.suppress(OSError):
+            self.place(about).unlink()
+
+    def place(self, about: str) -> Path:
+        """Return the file that a note is, or would be."""
         return self._folder / f"{digest(about)[:PREFIX]}.json"
 
 

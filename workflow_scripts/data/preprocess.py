@@ -95,8 +95,12 @@ def load_labelled(
     Returns:
         pixels uint8 (n, resolution, resolution, 3) and labels int64 (n,).
     """
-    images: list[np.ndarray] = []
-    labels: list[int] = []
+    count = sum(map(len, entries.values()))
+    images = np.empty(
+        (count, resolution, resolution, 3), np.uint8
+    )  # filled in place: ImageNet's do not fit in memory twice
+    labels = np.empty(count, np.int64)
+    filled = 0
     for label, (name, listed) in enumerate(entries.items()):
         for _, pixels in load_squares(
             source,
@@ -109,6 +113,7 @@ def load_labelled(
             batch=256,
             on_bad=on_bad,
         ):
-            images.append(pixels)
-            labels += [label] * len(pixels)
-    return np.concatenate(images), np.array(labels)
+            images[filled : filled + len(pixels)] = pixels
+            labels[filled : filled + len(pixels)] = label
+            filled += len(pixels)
+    return images[:filled], labels[:filled]

@@ -37,6 +37,16 @@ class BadImage(DataError):
         self.path, self.class_name, self.reason = path, class_name, reason
 
 
+class ChangedImage(DataError):
+    """An image that is not what was listed: results must not be filed under what it was."""
+
+    def __init__(self, place: str):
+        super().__init__(
+            f"{place}: changed since it was listed. Run the same command again, which lists its class anew. If more was edited "
+            "in place, run `stillhouse plan --rescan` first."
+        )
+
+
 @dataclass(frozen=True)
 class ImageEntry:
     """One image of a class: its key inside the class, what identifies its content cheaply, and where its bytes are.
@@ -129,7 +139,7 @@ def read_file(entry: ImageEntry) -> bytes:
     """Return the bytes of an image that is a file or a tar's member.
 
     Raises:
-        DataError: if it is not what was listed any more; the results would be filed under what it was.
+        ChangedImage: if it is not what was listed any more.
         OSError: if it cannot be read.
     """
     with Path(entry.path).open("rb") as file:
@@ -146,9 +156,7 @@ def read_file(entry: ImageEntry) -> bytes:
                 same = False
             content = file.read(entry.size)
     if not same:
-        raise DataError(
-            f"{entry.place}: changed since it was listed. Run `stillhouse plan --rescan`, then the same command again."
-        )
+        raise ChangedImage(entry.place)
     return content
 
 
@@ -157,6 +165,7 @@ def decode(entry: ImageEntry, class_name: str, read: Callable[[ImageEntry], byte
 
     Raises:
         BadImage: if it cannot be decoded whole.
+        ChangedImage: if it is not what was listed any more.
     """
     try:
         with Image.open(io.BytesIO(read(entry))) as image:

@@ -47,7 +47,7 @@ class Autoencoder:
         if path.is_file():
             model = original.load_autoencoder(path, dtype)
         else:
-            model = _load(VQModel if autoencoder_of(path).quantises else AutoencoderKL, vae_folder(path), dtype)
+            model = load_part(VQModel if autoencoder_of(path).quantises else AutoencoderKL, vae_folder(path), dtype)
         return cls(model.to(device).eval().requires_grad_(False), device)
 
     @property
@@ -109,10 +109,15 @@ class Denoiser:
     label_table: torch.Tensor | None = None
 
     @classmethod
-    def load(cls, path: Path, device: torch.device, dtype: torch.dtype, *, compiled: bool = False) -> Denoiser:
+    def load(
+        cls, path: Path, device: torch.device, dtype: torch.dtype, *, side: int | None = None, compiled: bool = False
+    ) -> Denoiser:
         """Load ``path/transformer`` (or ``unet`` and its class embedding) and the constants of ``path/scheduler``.
 
         A one-file checkpoint is converted.
+
+        Args:
+            side: of the latents, if not the one that it was trained with; only a U-Net takes another.
         """
         model: Any
         if path.is_file():
@@ -122,14 +127,28 @@ class Denoiser:
         else:
             folder = path / denoiser_of(path)
             unet = folder.name == "unet"
-            model = LabelledUNet.load(path, dtype) if unet else _load(DiTTransformer2DModel, folder, dtype)
-            schedule = _load(DDIMScheduler, path / "scheduler")
+            model = LabelledUNet.load(path, dtype) if unet else load_part(DiTTransformer2DModel, folder, dtype)
+            schedule = load_part(DDIMScheduler, path / "scheduler")
         if schedule.config.prediction_type != "epsilon":
             raise BackboneError(
                 f"{path / 'scheduler'}: predicts {schedule.config.prediction_type}; only epsilon prediction is supported"
             )
+        return cls.of(model, schedule, device, side=side, compiled=compiled)
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        schedule: DDIMScheduler,
+        device: torch.device,
+        *,
+        side: int | None = None,
+        compiled: bool = False,
+    ) -> Denoiser:
+        """Make a denoiser of a network and the schedule that it was trained with; ``side`` as for :meth:`load`."""
         config = model.config
-        shape = (config.in_channels, config.sample_size, config.sample_size)
+        side = side or config.sample_size
+        shape = (config.in_channels, side, side)
         model = model.to(device).eval().requires_grad_(False)
         table = model.labels.weight[:, None] if isinstance(model, LabelledUNet) else open_label_embeddings(model)
         if compiled:
@@ -202,7 +221,7 @@ class LabelledUNet(nn.Module):
     @classmethod
     def load(cls, path: Path, dtype: torch.dtype) -> LabelledUNet:
         """Load ``path/unet`` and the embeddings beside it."""
-        unet = _load(UNet2DConditionModel, path / "unet", dtype)
+        unet = load_part(UNet2DConditionModel, path / "unet", dtype)
         try:
             weight = load_file(path / CLASS_EMBEDDING)["weight"].to(dtype)
         except (OSError, KeyError, ValueError, RuntimeError) as error:
@@ -259,7 +278,12 @@ def to_unit(pixels: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _load(kind: Any, path: Path, dtype: torch.dtype | None = None) -> Any:
+def load_part(kind: Any, path: Path, dtype: torch.dtype | None = None) -> Any:
+    """Load a module of diffusers from its folder in a dtype, or a scheduler without one.
+
+    Raises:
+        BackboneError: if it cannot be read, or weights are missing or too many.
+    """
     try:
         if dtype is None:
             return kind.from_pretrained(path, local_files_only=True)

@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from workflow_scripts.data.imagenet import class_names
-from workflow_scripts.errors import BackboneError
-from workflow_scripts.store.digests import PREFIX, digest, file_digests
+from workflow_scripts.errors import BackboneError, ConfigError
+from workflow_scripts.store.digests import PREFIX, digest, file_digests, note_on
 from workflow_scripts.store.files import write_atomically
 
 LABELS = "labels.json"
@@ -53,8 +53,11 @@ class Checkpoint:
         labels: the label index of every class that the backbone was trained on.
         latent_side: side of the square latents, if known.
         resolution: side in pixels of the square images, if known.
+        multiple: of a convolutional denoiser, which takes other sizes too: the number that divides every side of its latents.
         vae_path: where the autoencoder is, if not at ``path``.
         licences: of the weights, by part: ``denoiser`` and ``vae``.
+        denoiser_config: the denoiser's arguments in diffusers, as far as they are known.
+        vae_config: the autoencoder's, likewise.
     """
 
     path: Path
@@ -64,13 +67,31 @@ class Checkpoint:
     labels: dict[str, int]
     latent_side: int | None = None
     resolution: int | None = None
+    multiple: int | None = None
     vae_path: Path | None = None
     licences: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(("denoiser", "vae"), OWN))
+    denoiser_config: Mapping[str, Any] = field(default_factory=dict)
+    vae_config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def autoencoder(self) -> Path:
         """Where the autoencoder is."""
         return self.vae_path or self.path
+
+    def at(self, resolution: int) -> Checkpoint:
+        """Return this backbone for images of another side in pixels; a U-Net at another size counts as another denoiser.
+
+        Raises:
+            ConfigError: if it does not take this size.
+        """
+        if self.resolution is None or self.latent_side is None or self.resolution == resolution:
+            return self
+        factor = self.resolution // self.latent_side
+        side, rest = divmod(resolution, factor)
+        if self.multiple is None or rest or side % self.multiple:
+            sizes = f"multiples of {self.multiple * factor}" if self.multiple else self.resolution
+            raise ConfigError(f"dataset.resolution: got {resolution}, but backbone {self.path} takes {sizes} pixels")
+        return replace(self, denoiser=digest([self.denoiser, side]), latent_side=side, resolution=resolution)
 
     def label_of(self, class_name: str) -> int:
         """Return a class's label index in the backbone."""
@@ -108,6 +129,26 @@ def open_checkpoint(name: str, cache: Path, vae: str | None = None) -> Checkpoin
     return _open_file(path, cache, vae) if path.is_file() else _open_directory(path, name, cache, vae)
 
 
+def notes_of(checkpoint: Checkpoint, cache: Path) -> list[Path]:
+    """Return the files in ``cache`` that hold, or would hold, what is remembered of a backbone."""
+    path = checkpoint.path
+    if not path.exists():
+        return []
+    own = vae_folder(checkpoint.autoencoder)
+    if path.is_dir():
+        folders = [path, path / denoiser_of(path), path / "scheduler", own]
+        return [note_on(folder, cache) for folder in folders]
+    return [note_on(path.parent, cache / path.name), _facts(_content(path, cache), cache), note_on(own, cache)]
+
+
+def _content(path: Path, cache: Path) -> str:
+    return digest(file_digests([path], cache / path.name))  # its own folder: two files of one folder share no note
+
+
+def _facts(content: str, cache: Path) -> Path:
+    return cache / f"{content[:PREFIX]}.facts.json"
+
+
 def _open_directory(path: Path, name: str, cache: Path, vae: str | None) -> Checkpoint:
     network = denoiser_of(path)
     parts = {network: ["config.json", weights_of(path / network)], "scheduler": ["scheduler_config.json"]}
@@ -132,20 +173,22 @@ def _open_directory(path: Path, name: str, cache: Path, vae: str | None) -> Chec
         denoiser=digest([identity[part] for part in files]),
         timesteps=int(schedule.get("num_train_timesteps", TIMESTEPS)),
         labels=read_labels(path, _classes(path, network, config)),
-        side=config.get("sample_size"),
-        channels=config.get("in_channels"),
+        network=config,
+        multiple=unet_multiple(config) if network == "unet" else None,
     )
 
 
 def _open_file(path: Path, cache: Path, vae: str | None) -> Checkpoint:
-    content = digest(file_digests([path], cache / path.name))  # its own folder: two files of one folder share no note
-    note = cache / f"{content[:PREFIX]}.shapes.json"
+    content = _content(path, cache)
+    note = _facts(content, cache)
     try:
         facts = json.loads(note.read_text())
-    except (OSError, ValueError):
+        network = facts["network"]
+    except (OSError, ValueError, KeyError):
         from workflow_scripts.diffusion.original import describe  # here, because it imports torch
 
         facts = describe(path)
+        network = facts["network"]
         write_atomically(note, json.dumps(facts))
     if facts["vae"] is None and vae is None:
         raise BackboneError(
@@ -158,8 +201,8 @@ def _open_file(path: Path, cache: Path, vae: str | None) -> Checkpoint:
         denoiser=digest([content, facts["denoiser"]]),
         timesteps=TIMESTEPS,
         labels=imagenet_labels(facts["classes"], path),
-        side=facts["side"],
-        channels=facts["channels"],
+        network=network,
+        multiple=facts["multiple"],
         own_vae=(digest([content, "vae"]), facts["vae"]),
     )
 
@@ -172,8 +215,8 @@ def _assemble(
     denoiser: str,
     timesteps: int,
     labels: dict[str, int],
-    side: int | None,
-    channels: int | None,
+    network: Mapping[str, Any],
+    multiple: int | None,
     own_vae: tuple[str, dict[str, Any]] | None = None,
 ) -> Checkpoint:
     """Add the autoencoder to what is known of a denoiser, and check that they fit."""
@@ -190,7 +233,7 @@ def _assemble(
                 )
         identity = digest(file_digests(files, cache))
         config = _read_json(files[0], dict)
-    latent = config.get("latent_channels")
+    latent, channels, side = config.get("latent_channels"), network.get("in_channels"), network.get("sample_size")
     if channels and latent and channels != latent:
         raise BackboneError(
             f"{'backbone.vae' if vae else 'backbone.path'}: the autoencoder in {place} has latents of {latent} channels, the "
@@ -205,8 +248,11 @@ def _assemble(
         labels,
         side,
         side * 2 ** (levels - 1) if side and levels else None,
+        multiple,
         place if vae else None,
         {"denoiser": licence_of(path), "vae": licence_of(place)},
+        network,
+        config,
     )
 
 
@@ -353,6 +399,11 @@ def imagenet_labels(classes: int | None, path: Path) -> dict[str, int]:
 
 def _synonyms(name: str) -> set[str]:
     return {synonym.strip().casefold() for synonym in str(name).split(",")}
+
+
+def unet_multiple(config: Mapping[str, Any]) -> int:
+    """Return the number that divides every side of latents that a U-Net takes: it halves them between its levels."""
+    return int(2 ** (len(config.get("block_out_channels", ())) - 1))
 
 
 def _classes(path: Path, network: str, config: Mapping[str, Any]) -> int | None:

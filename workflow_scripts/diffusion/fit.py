@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from workflow_scripts.config import Fit, FitDiT, FitUNet, FitVAE
+from workflow_scripts.config import FineTune, Fit, FitDiT, FitUNet, FitVAE
 from workflow_scripts.diffusion.backbone import NO_SPREAD, LabelledUNet, to_unit
 from workflow_scripts.diffusion.checkpoint import CLASS_EMBEDDING, LABELS, TIMESTEPS
 from workflow_scripts.diffusion.schedule import Grid
@@ -148,15 +149,15 @@ def fit_vae(pixels: np.ndarray, fit: Fit, device: torch.device, checkpoint: Path
         torch.manual_seed(fit.seed)
         model = build_vae(config, pixels.shape[1]).to(device)
 
-    def loss(generator: torch.Generator) -> torch.Tensor:
+    def loss(generator: torch.Generator) -> Iterator[torch.Tensor]:
         index = torch.randint(len(pixels), (config.batch_size,), generator=generator)
         images = to_unit(pixels[index.numpy()], device)
         posterior = model.encode(images).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
         error = model.decode(posterior.mean + posterior.std * noise).sample - images
-        return error.abs().mean() + error.square().mean() + config.kl_weight * posterior.kl().mean()
+        yield error.abs().mean() + error.square().mean() + config.kl_weight * posterior.kl().mean()
 
-    _train(model, loss, fit, config.steps, config.learning_rate, 100, 0.0, 0.995, checkpoint, "autoencoder")
+    train(model, loss, fit, config.steps, config.learning_rate, 100, 0.0, 0.995, checkpoint, "autoencoder")
     return model.eval()
 
 
@@ -177,14 +178,14 @@ def fit_vq(pixels: np.ndarray, fit: Fit, device: torch.device, checkpoint: Path)
     jitter = 0.01 * float(latents.std()) * torch.randn(config.codes, latents.shape[1], generator=generator)
     model.quantize.embedding.weight.data.copy_(latents[chosen.to(device)].clone() + jitter.to(device))
 
-    def loss(generator: torch.Generator) -> torch.Tensor:
+    def loss(generator: torch.Generator) -> Iterator[torch.Tensor]:
         index = torch.randint(len(pixels), (config.batch_size,), generator=generator)
         images = to_unit(pixels[index.numpy()], device)
         decoded = model.decode(model.encode(images).latents)
         error = decoded.sample - images
-        return error.abs().mean() + error.square().mean() + config.commitment * decoded.commit_loss.mean()
+        yield error.abs().mean() + error.square().mean() + config.commitment * decoded.commit_loss.mean()
 
-    _train(model, loss, fit, config.steps, config.learning_rate, 100, 0.0, 0.995, checkpoint, "autoencoder")
+    train(model, loss, fit, config.steps, config.learning_rate, 100, 0.0, 0.995, checkpoint, "autoencoder")
     return model.eval()
 
 
@@ -210,16 +211,12 @@ def fit_denoiser(
     process = Process(schedule.alphas_cumprod.double().numpy(), device)
     objective = process.hybrid_loss if fit.denoiser == "dit" else process.simple_loss
 
-    def loss(generator: torch.Generator) -> torch.Tensor:
-        index = torch.randint(len(mean), (config.batch_size,), generator=generator)
-        x0 = mean[index] + torch.exp(logvar[index] / 2) * torch.randn(mean[index].shape, generator=generator)
-        noise = torch.randn(x0.shape, generator=generator)
-        time = torch.randint(TIMESTEPS, (config.batch_size,), generator=generator)
-        dropped = torch.rand(config.batch_size, generator=generator) < config.label_dropout
-        label = torch.where(dropped, classes, labels[index])
-        return objective(model, x0.to(device), noise.to(device), time.to(device), label.to(device))
+    def loss(generator: torch.Generator) -> Iterator[torch.Tensor]:
+        drawn = Drawn.at_random(generator, len(mean), config.batch_size, shape, TIMESTEPS, config.label_dropout)
+        x0, noise, time, label = drawn.tensors(mean[drawn.index], logvar[drawn.index], labels[drawn.index], classes)
+        yield objective(model, x0.to(device), noise.to(device), time.to(device), label.to(device))
 
-    _train(
+    train(
         model,
         loss,
         fit,
@@ -232,6 +229,52 @@ def fit_denoiser(
         "denoiser",
     )
     return model
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one step draws for each row of its batch.
+
+    Attributes:
+        index: (n,) int64, which latents.
+        spread, noise: (n, c, h, w), standard normals: of the posterior, and of the diffusion process.
+        time: (n,) int64.
+        dropped: (n,) bool, rows that are not told their label.
+    """
+
+    index: torch.Tensor
+    spread: torch.Tensor
+    noise: torch.Tensor
+    time: torch.Tensor
+    dropped: torch.Tensor
+
+    @classmethod
+    def at_random(
+        cls, generator: torch.Generator, count: int, batch: int, shape: Sequence[int], timesteps: int, dropout: float
+    ) -> Drawn:
+        """Draw a batch among ``count`` latents."""
+        return cls(
+            torch.randint(count, (batch,), generator=generator),
+            torch.randn((batch, *shape), generator=generator),
+            torch.randn((batch, *shape), generator=generator),
+            torch.randint(timesteps, (batch,), generator=generator),
+            torch.rand(batch, generator=generator) < dropout,
+        )
+
+    def rows(self, part: slice) -> Drawn:
+        """Return some of the rows."""
+        return Drawn(*(getattr(self, name.name)[part] for name in fields(self)))
+
+    def tensors(
+        self, mean: torch.Tensor, logvar: torch.Tensor, labels: torch.Tensor, null: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return x0, noise, time and label of the posteriors and labels at ``index``."""
+        x0 = mean + torch.exp(logvar / 2) * self.spread
+        return x0, self.noise, self.time, torch.where(self.dropped, null, labels)
+
+
+Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
+"""From noisy latents, timesteps and labels to an object whose ``sample`` is the prediction."""
 
 
 class Process:
@@ -248,14 +291,14 @@ class Process:
         self.log_beta, self.log_posterior = constant(np.log(grid.betas)), constant(grid.posterior_log_variance)
 
     def simple_loss(
-        self, model: nn.Module, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor, label: torch.Tensor
+        self, model: Network, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor, label: torch.Tensor
     ) -> torch.Tensor:
         """Return L_simple, the squared error of epsilon (DDPM, eq. 14)."""
         eps = model(self.signal[time] * x0 + self.sigma[time] * noise, time, label).sample
         return F.mse_loss(eps, noise)
 
     def hybrid_loss(
-        self, model: nn.Module, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor, label: torch.Tensor
+        self, model: Network, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor, label: torch.Tensor
     ) -> torch.Tensor:
         """Return L_simple + L_vlb; L_vlb, per thousand steps, reaches the variance channels only (Improved DDPM, eq. 15-16)."""
         signal, sigma = self.signal[time], self.sigma[time]
@@ -275,10 +318,10 @@ class Process:
         return F.mse_loss(eps, noise) + kl.mean() / math.log(2) * len(self.signal) / 1000
 
 
-def _train(
+def train(
     model: nn.Module,
-    loss: Callable[[torch.Generator], torch.Tensor],
-    fit: Fit,
+    losses: Callable[[torch.Generator], Iterable[torch.Tensor]],
+    fit: Fit | FineTune,
     steps: int,
     rate: float,
     warmup: int,
@@ -286,40 +329,54 @@ def _train(
     ema: float,
     checkpoint: Path,
     name: str,
+    *,
+    leads: bool = True,
 ) -> None:
-    """Minimise ``loss``, resuming from ``checkpoint`` if it is there, and leave the averaged weights in the model.
+    """Minimise a loss, resuming from ``checkpoint`` if it is there, and leave the averaged weights in the model.
 
-    Step k draws from a generator seeded with (seed, k), so a resumed fit goes on exactly where it was.
+    Step k draws from a generator seeded with (seed, k), so a resumed fit goes on exactly where it was. Parameters that require
+    no gradient are neither changed nor kept in the checkpoint.
+
+    Args:
+        losses: the parts of a step's loss, each of which is back-propagated before the next is asked for.
+        leads: show progress and write checkpoints; one of several processes does.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
-    average = {key: value.detach().clone() for key, value in model.state_dict().items()}
-    start = _resume(checkpoint, model, optimizer, average)
-    progress = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=1, maxinterval=60)
-    shown = 0.0
+    trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
+    values = [value.detach() for value in trained.values()]
+    optimizer = torch.optim.AdamW(trained.values(), lr=rate, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
+    average = {key: value.detach().clone() for key, value in trained.items()}
+    start = _resume(checkpoint, trained, optimizer, average)
+    progress = tqdm(
+        range(start, steps), initial=start, total=steps, desc=name, mininterval=1, maxinterval=60, disable=not leads
+    )
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = rate * min((step + 1) / (warmup or 1), 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01)
-        value = loss(_generator(fit.seed, step))
         optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        parts = []
+        for part in losses(_generator(fit.seed, step)):
+            part.backward()
+            parts.append(part.detach())
+        nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
         decay = min(ema, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(average.values()), list(model.state_dict().values()), 1 - decay)
+        torch._foreach_lerp_(list(average.values()), values, 1 - decay)
         if step % 50 == 0:
-            shown = float(value.detach())
+            shown = float(sum(parts))
             if not math.isfinite(shown):
                 raise RuntimeError(f"the {name}'s loss is {shown} at step {step}: lower its learning_rate")
             progress.set_postfix(loss=f"{shown:.4f}", refresh=False)
-        if (step + 1) % fit.checkpoint_every == 0 or step + 1 == steps:
-            _save(checkpoint, step + 1, model, optimizer, average)
-    model.load_state_dict(average)
+        if leads and ((step + 1) % fit.checkpoint_every == 0 or step + 1 == steps):
+            _save(checkpoint, step + 1, trained, optimizer, average)
+    for value, averaged in zip(values, average.values(), strict=True):
+        value.copy_(averaged)
 
 
-def _save(
-    path: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, torch.Tensor]
-) -> None:
-    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
+Tensors = Mapping[str, torch.Tensor]
+
+
+def _save(path: Path, step: int, trained: Tensors, optimizer: torch.optim.Optimizer, average: Tensors) -> None:
+    tensors = {f"model.{key}": value.detach() for key, value in trained.items()}
     tensors |= {f"average.{key}": value for key, value in average.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
@@ -329,15 +386,15 @@ def _save(
     temporary.replace(path)
 
 
-def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, torch.Tensor]) -> int:
+def _resume(path: Path, trained: Tensors, optimizer: torch.optim.Optimizer, average: Tensors) -> int:
     if not path.exists():
         return 0
     state: dict[int, dict[str, Any]] = {}
     with safe_open(path, "pt") as file:
         step = int(file.metadata()["step"])
-        model.load_state_dict({key: file.get_tensor(f"model.{key}") for key in average})
-        for key, value in average.items():
-            value.copy_(file.get_tensor(f"average.{key}"))
+        for key, value in trained.items():
+            value.detach().copy_(file.get_tensor(f"model.{key}"))
+            average[key].copy_(file.get_tensor(f"average.{key}"))
         for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
             if key.startswith("optimizer."):
                 _, index, name = key.split(".")

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from workflow_scripts.diffusion.checkpoint import unet_multiple
 from workflow_scripts.errors import BackboneError
 
 State = Mapping[str, torch.Tensor]
@@ -107,20 +108,26 @@ def describe(path: Path) -> dict[str, Any]:
     """Return what a planner must know of a checkpoint.
 
     Returns:
-        ``denoiser``: ``transformer`` or ``unet``; ``side`` and ``channels`` of its latents; ``classes`` without the null
-        class; and ``vae``: the configuration of its autoencoder, if it has one.
+        ``denoiser``: ``transformer`` or ``unet``; ``network``: its arguments in diffusers; ``classes`` without the null
+        class; ``multiple`` as in Checkpoint; and ``vae``: the arguments of its autoencoder, if it has one.
     """
     state = read_state(path)
     try:
         if is_dit(state, path):
             config = dit_config(state, path)
-            facts = {"denoiser": "transformer", "classes": config["num_embeds_ada_norm"], "vae": None}
+            classes, multiple, vae = config["num_embeds_ada_norm"], None, None
         else:
             config = unet_config(state)
-            facts = {"denoiser": "unet", "classes": len(state[LABEL_EMBEDDING]) - 1, "vae": vq_config(state)}
+            classes, multiple, vae = len(state[LABEL_EMBEDDING]) - 1, unet_multiple(config), vq_config(state)
     except (KeyError, IndexError, ValueError) as error:
         raise BackboneError(f"{path}: tensors are missing from it ({error})") from error
-    return {**facts, "side": config["sample_size"], "channels": config["in_channels"]}
+    return {
+        "denoiser": "unet" if multiple else "transformer",
+        "network": config,
+        "multiple": multiple,
+        "classes": classes,
+        "vae": vae,
+    }
 
 
 def load_denoiser(

@@ -5,7 +5,6 @@ The shapes are those of the Minimax/IDC hard-label protocol; at 224 px and defau
 logits (N, classes).
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -13,6 +12,8 @@ from types import MappingProxyType
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from workflow_scripts.evaluation.protocols import PUBLISHED_WIDTHS, convnet_depth
 
 SMALLEST_RESOLUTION = 16
 """Below this, the last ResNet stage has a single pixel, on which instance norm is undefined."""
@@ -36,11 +37,6 @@ class HalvingPool(nn.Module):
         height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
         rows = x[:, :, 0:height:2] + x[:, :, 1:height:2]
         return (rows[..., 0:width:2] + rows[..., 1:width:2]) * 0.25
-
-
-def convnet_depth(resolution: int) -> int:
-    """Return the number of ConvNet blocks that leave a map of at least 3x3: 6 at 224 and 256 px, 3 at 32 px."""
-    return int(math.log2(resolution / 3))
 
 
 def convnet(classes: int, resolution: int, width: int) -> nn.Sequential:
@@ -158,9 +154,9 @@ class Architecture:
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
-        "convnet": Architecture(convnet, "ConvNet", 128),
-        "resnet_ap10": Architecture(resnet_ap10, "ResNetAP-10", 64),
-        "resnet18": Architecture(resnet18, "ResNet-18", 64),
+        "convnet": Architecture(convnet, "ConvNet", PUBLISHED_WIDTHS["convnet"]),
+        "resnet_ap10": Architecture(resnet_ap10, "ResNetAP-10", PUBLISHED_WIDTHS["resnet_ap10"]),
+        "resnet18": Architecture(resnet18, "ResNet-18", PUBLISHED_WIDTHS["resnet18"]),
     }
 )
 

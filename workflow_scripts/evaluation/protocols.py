@@ -4,12 +4,21 @@ The hard-label protocol is that of IDC (Kim et al. 2022) as used by Minimax, MGD
 differ from it in the optimiser. Nothing here needs torch, so that a training can be planned without it.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
 Optimizer = Literal["sgd", "adamw"]
+
+PUBLISHED_WIDTHS: Mapping[str, int] = MappingProxyType({"convnet": 128, "resnet_ap10": 64, "resnet18": 64})
+"""Channels of the ConvNet, or of the first ResNet stage."""
+
+
+def convnet_depth(resolution: int) -> int:
+    """Return the number of ConvNet blocks that leave a map of at least 3x3: 6 at 224 and 256 px, 3 at 32 px."""
+    return int(math.log2(resolution / 3))
 
 
 @dataclass(frozen=True, kw_only=True)

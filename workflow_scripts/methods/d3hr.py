@@ -25,6 +25,7 @@ def draw_group(
     settings: GaussianStart,
     random: np.random.Generator,
     device: torch.device | None = None,
+    candidate: int | None = None,
 ) -> torch.Tensor:
     """Draw ``count`` start latents of a class.
 
@@ -37,18 +38,32 @@ def draw_group(
         random: the class's own stream, on the CPU: the plain draw is the same everywhere.
         device: where best_of_m draws its candidates and scores them (default: the CPU). torch's streams differ between the
             CPU and CUDA, and between models of GPU, so that best_of_m depends on the recipe alone on one kind of device.
+        candidate: what :func:`best_candidate` found, to draw that group without the search.
 
     Returns:
         (count, c, h, w), float32, on the CPU.
     """
     std = variance.sqrt().flatten()
     if settings.construction == "best_of_m" and count > 1:
-        noise = _best_noise(std, count, settings, random, device or torch.device("cpu")).double()
+        device, seed = device or torch.device("cpu"), int(random.integers(2**32))
+        if candidate is None:
+            candidate = _search(std, count, settings, seed, device)
+        groups = block_size(std.numel())
+        block, place = divmod(candidate, groups)
+        images = candidates(seed, block, groups, count, std.numel(), device)
+        noise = torch.stack([image[place] for image in images]).cpu().double()
     else:
         noise = normals(random, count, std.numel()).double()
         if settings.construction == "moment_matched" and count > 1:
             noise = (noise - noise.mean(0)) / noise.std(0)
     return (mean.flatten() + std * noise).view(count, *mean.shape).float()
+
+
+def best_candidate(
+    variance: torch.Tensor, count: int, settings: GaussianStart, random: np.random.Generator, device: torch.device
+) -> int:
+    """Return the number of the group that best_of_m takes of a class; the arguments are those of :func:`draw_group`."""
+    return _search(variance.sqrt().flatten(), count, settings, int(random.integers(2**32)), device)
 
 
 def losses(images: Iterable[torch.Tensor], std: torch.Tensor) -> torch.Tensor:
@@ -105,23 +120,17 @@ def block_size(dimensions: int) -> int:
     return max(1, BLOCK // dimensions)
 
 
-def _best_noise(
-    std: torch.Tensor, count: int, settings: GaussianStart, random: np.random.Generator, device: torch.device
-) -> torch.Tensor:
-    """Return the noise (n, D) of the best of ``settings.candidates`` groups; the first of equals wins."""
-    seed, dimensions = int(random.integers(2**32)), std.numel()
+def _search(std: torch.Tensor, count: int, settings: GaussianStart, seed: int, device: torch.device) -> int:
+    """Return the best of ``settings.candidates`` groups; the first of equals wins."""
+    dimensions = std.numel()
     groups = block_size(dimensions)
     weights = torch.tensor(settings.weights, device=device)
     std = std.float().to(device)
     best = torch.full((), torch.inf, device=device)
-    winner = torch.zeros(
-        2, dtype=torch.int64, device=device
-    )  # block and place; on the device, so that nothing waits for it
+    winner = torch.zeros((), dtype=torch.int64, device=device)  # on the device, so that nothing waits for it
     for block in range(-(-settings.candidates // groups)):
         scores = losses(candidates(seed, block, groups, count, dimensions, device), std) @ weights
         low, place = scores[: settings.candidates - block * groups].min(0)
-        here = torch.stack([torch.full_like(place, block), place])
-        winner = torch.where(low < best, here, winner)
+        winner = torch.where(low < best, block * groups + place, winner)
         best = torch.minimum(low, best)
-    block, place = winner.tolist()
-    return torch.stack([image[place] for image in candidates(seed, block, groups, count, dimensions, device)]).cpu()
+    return int(winner)

@@ -29,7 +29,7 @@ from workflow_scripts.diffusion.noise import batch_noise, seed_for, stream
 from workflow_scripts.diffusion.sampler import LabelSchedule, Term
 from workflow_scripts.diffusion.schedule import Grid
 from workflow_scripts.errors import DataError
-from workflow_scripts.methods.d3hr import draw_group
+from workflow_scripts.methods.d3hr import best_candidate, draw_group
 from workflow_scripts.methods.dmgd import SoftLabels, TransportGuidance
 from workflow_scripts.methods.manifoldgd import ReleasedManifold, TangentGuidance, tangent_rows
 from workflow_scripts.methods.mgd3 import ModeGuidance
@@ -45,6 +45,7 @@ class ClassInputs:
         modes: arrays of the Tree or the Modes that its prototypes come from.
         targets: arrays of the Modes that transport leads to.
         gaussian: ``mean`` and ``variance`` (c, h, w) in the inverted domain.
+        candidate: number of the group that best_of_m takes; without it, prepare_rows searches.
         label: the backbone's label of the class.
         others: labels that may be mixed into it.
         embedding_shape: (P, E) of a label's embedding.
@@ -56,6 +57,7 @@ class ClassInputs:
     modes: Mapping[str, np.ndarray] | None = None
     targets: Mapping[str, np.ndarray] | None = None
     gaussian: Mapping[str, np.ndarray] | None = None
+    candidate: int | None = None
     label: int | None = None
     others: Sequence[int] = ()
     embedding_shape: tuple[int, int] | None = None
@@ -203,6 +205,24 @@ def _soft_labels(
     return {"label": torch.full((ipc,), inputs.label), "other": torch.tensor(other), "label_noise": noise}
 
 
+def find_candidate(
+    method: DiffusionMethod, inputs: ClassInputs, ipc: int, seed: int, device: torch.device
+) -> int | None:
+    """Return the number of the group that a class starts from, known or searched, if the method searches for one."""
+    start = method.start
+    if not isinstance(start, GaussianStart) or start.construction != "best_of_m" or ipc == 1:
+        return None
+    if inputs.candidate is not None:
+        return inputs.candidate
+    assert inputs.gaussian is not None
+    variance = torch.from_numpy(inputs.gaussian["variance"]).double()
+    return best_candidate(variance, ipc, start, _group_stream(inputs, seed), device)
+
+
+def _group_stream(inputs: ClassInputs, seed: int) -> np.random.Generator:
+    return stream(seed, inputs.name, 0, "group")
+
+
 def _start(
     method: DiffusionMethod,
     inputs: ClassInputs,
@@ -215,7 +235,8 @@ def _start(
     if isinstance(method.start, GaussianStart):
         assert inputs.gaussian is not None
         mean, variance = (torch.from_numpy(inputs.gaussian[key]).double() for key in ("mean", "variance"))
-        return draw_group(mean, variance, ipc, method.start, stream(seed, inputs.name, 0, "group"), device)
+        random = _group_stream(inputs, seed)
+        return draw_group(mean, variance, ipc, method.start, random, device, inputs.candidate)
     noise = batch_noise([stream(seed, inputs.name, index, "start") for index in range(ipc)], *inputs.shape)
     if isinstance(method.start, PrototypeStart):
         assert modes is not None

@@ -8,27 +8,39 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from workflow_scripts.diffusion.checkpoint import notes_of
 from workflow_scripts.operations.verify import QUARANTINE
 from workflow_scripts.recipes import CLASS_STAGES, Recipes
+from workflow_scripts.stages.common import resolved_path
 from workflow_scripts.stages.publish import report_folder
+from workflow_scripts.store.attempts import Attempts
 from workflow_scripts.store.files import TEMPORARY
 
 LEFTOVER_AGE = 24 * 3600
+CACHE = "cache"
+CONFIG_AGE = 30 * LEFTOVER_AGE
 
 
 def referenced(recipes: Recipes) -> Iterator[Path]:
     """Yield every path below the results directory that a run needs."""
-    results = recipes.config.results
+    results, attempts = recipes.config.results, Attempts(recipes.store.root / "attempts")
+    yield resolved_path(recipes.config)
+    yield from recipes.catalog.notes()
+    yield from notes_of(recipes.backbone, results / CACHE)
     for job in recipes.jobs():
         yield results / job.manifest
         if job.stage == "match":
             yield recipes.checkpoint(job.shard)
         if job.stage in CLASS_STAGES:
-            yield from map(recipes.store.path, recipes.stage_results(job.stage, job.shard))
+            for result in recipes.stage_results(job.stage, job.shard):
+                yield recipes.store.path(result)
+                yield attempts.path(result.place)
         elif job.stage == "export":
             yield from map(recipes.set_directory, recipes.sets(job.shard))
         elif job.stage == "evaluate":
-            yield from map(recipes.training_path, recipes.trainings_of(job.shard))
+            for training in recipes.trainings_of(job.shard):
+                yield recipes.training_path(training)
+                yield attempts.path(recipes.training_place(training))
         elif job.stage == "measure":
             yield from map(recipes.measure_path, recipes.sets(job.shard))
         elif job.stage == "report":
@@ -39,12 +51,13 @@ def referenced(recipes: Recipes) -> Iterator[Path]:
 
 
 def garbage(results: Path, runs: Iterable[Recipes]) -> list[Path]:
-    """Return what no run refers to: results, sets, scores, manifests, reports, set-aside results and old leftovers.
+    """Return what no run refers to: results, sets, scores, manifests, reports, notes, set-aside results and old leftovers.
 
-    Work in progress of an interrupted or running job counts only when it has not been touched for a day.
+    Work in progress of an interrupted or running job and notes (listings, hashes) count only when they have not been touched
+    for a day. A complete configuration counts after a month, because jobs that wait in a queue read it when they start.
     """
     needed = {path.resolve() for recipes in runs for path in referenced(recipes)}
-    return [path for path in _collectable(results) if path.resolve() not in needed and _settled(path)]
+    return [path for path in _collectable(results) if path.resolve() not in needed and _settled(results, path)]
 
 
 def delete(paths: Iterable[Path]) -> None:
@@ -65,12 +78,29 @@ def size(path: Path) -> int:
 
 def _collectable(results: Path) -> Iterator[Path]:
     store = results / "store"
-    for pattern in ("*.zarr/*/*", "evaluate/*", "measure/*", "backbones/*", "match.checkpoints/*", f"{QUARANTINE}/*"):
+    for pattern in (
+        "*.zarr/*/*",
+        "evaluate/*",
+        "measure/*",
+        "backbones/*",
+        "match.checkpoints/*",
+        f"{QUARANTINE}/*",
+        "attempts/**/*.json",
+        "claims/**/*.json",
+    ):
         yield from sorted(store.glob(pattern))
     for pattern in ("datasets/*", "manifests/*/*", "*/reports/*"):
         yield from sorted(results.glob(pattern))
+    yield from (path for path in sorted((results / CACHE).rglob("*")) if path.is_file())
 
 
-def _settled(path: Path) -> bool:
+def _settled(results: Path, path: Path) -> bool:
+    place = path.relative_to(results).parts
     working = path.name.startswith(TEMPORARY) or ".checkpoints" in (path.suffix, path.parent.suffix)
-    return not working or time.time() - path.stat().st_mtime > LEFTOVER_AGE
+    if place[:2] == (CACHE, "configs"):
+        age = CONFIG_AGE
+    elif place[0] == CACHE or working or "claims" in place:
+        age = LEFTOVER_AGE
+    else:
+        return True
+    return time.time() - path.stat().st_mtime > age

@@ -29,6 +29,7 @@ MEANING = {
         "stages/fit_backbone.py",
         "stages/inputs.py",
         "diffusion/fit.py",
+        "diffusion/finetune.py",
         "diffusion/schedule.py",
         *_IMAGES,
     ),

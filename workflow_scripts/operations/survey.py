@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.recipes import CLASS_STAGES, Recipes
+from workflow_scripts.recipes import CLASS_STAGES, Recipes, SampleSet, Training
 from workflow_scripts.stages.publish import report_folder
-from workflow_scripts.store.results import RECORD, Result, Store
+from workflow_scripts.store.results import RECORD, Result
 
+Neighbours = Callable[[Path], Sequence[Mapping[str, Any]]]
 STAGES = ("fit_backbone", *CLASS_STAGES, "export", "evaluate", "measure", "report")
 
 
@@ -23,12 +26,14 @@ class Item:
     Attributes:
         of: class, set or training, for people.
         why: what is different from the nearest result that exists; None if the item itself exists.
+        thing: the item itself; None for a report and a backbone.
     """
 
     job: str
     of: str
     exists: bool
     why: str | None = None
+    thing: Result | SampleSet | Training | None = None
 
 
 @dataclass
@@ -58,34 +63,34 @@ def survey(recipes: Recipes, *, explain: bool = False) -> list[StageSurvey]:
         explain: also find out why each missing class-level result is missing, which reads the records of its neighbours.
     """
     surveys = {stage: StageSurvey(stage) for stage in STAGES}
+    neighbours = lru_cache(maxsize=1)(_neighbours)  # the results of a class come one after another
     seen: set[str] = set()
     for job in recipes.jobs():
         stage = surveys[job.stage]
         stage.jobs += 1
         stage.jobs_to_run += not (recipes.config.results / job.manifest).exists()
-        for key, item in _items(recipes, job.stage, job.shard, explain):
+        for key, item in _items(recipes, job.stage, job.shard, neighbours if explain else None):
             if key not in seen:
                 seen.add(key)
                 stage.items.append(item)
     return [stage for stage in surveys.values() if stage.jobs]
 
 
-def _items(recipes: Recipes, stage: str, shard: str, explain: bool) -> Iterator[tuple[str, Item]]:
+def _items(recipes: Recipes, stage: str, shard: str, neighbours: Neighbours | None) -> Iterator[tuple[str, Item]]:
     if stage in CLASS_STAGES:
         for result in recipes.stage_results(stage, shard):
             there = recipes.store.exists(result)
-            why = None if there or not explain else reason(recipes.store, result)
-            yield result.place, Item(shard, _name(result), there, why)
+            why = None if there or neighbours is None else reason(result, neighbours(recipes.store.path(result).parent))
+            yield result.place, Item(shard, result.name, there, why, result)
     elif stage == "export":
         for wanted in recipes.sets(shard):
             folder = recipes.set_directory(wanted)
-            yield str(folder), _item(shard, f"{wanted.method} IPC {wanted.ipc} seed {wanted.seed}", folder.exists())
+            of = f"{wanted.method} IPC {wanted.ipc} seed {wanted.seed}"
+            yield str(folder), _item(shard, of, folder.exists(), wanted)
     elif stage == "evaluate":
         for training in recipes.trainings_of(shard):
             path = recipes.training_path(training)
-            made = training.set
-            of = f"{made.method} IPC {made.ipc} seed {made.seed} {training.architecture.name} repeat {training.repeat}"
-            yield str(path), _item(shard, of, path.exists())
+            yield str(path), _item(shard, training.name, path.exists(), training)
     elif stage == "measure":
         for wanted in recipes.sets(shard):
             path = recipes.measure_path(wanted)
@@ -97,28 +102,18 @@ def _items(recipes: Recipes, stage: str, shard: str, explain: bool) -> Iterator[
         yield "backbone", _item(shard, "backbone", recipes.backbone.path.exists())
 
 
-def _item(job: str, of: str, exists: bool) -> Item:
-    return Item(job, of, exists, None if exists else "not made yet")
+def _item(job: str, of: str, exists: bool, thing: SampleSet | Training | None = None) -> Item:
+    return Item(job, of, exists, None if exists else "not made yet", thing)
 
 
-def _name(result: Result) -> str:
-    recipe = result.recipe
-    details = (
-        [f"IPC {recipe['ipc']}", f"seed {recipe['seed']}"]
-        if "ipc" in recipe
-        else [f"k {recipe['k']}"]
-        if "k" in recipe
-        else []
-    )
-    return " ".join([result.class_name, *details])
-
-
-def reason(store: Store, result: Result) -> str:
-    """Say what is different from the most similar result of the same stage and class that exists."""
+def reason(result: Result, neighbours: Sequence[Mapping[str, Any]]) -> str:
+    """Say what is different from the most similar of the results of the same stage and class that exist."""
+    if not neighbours:
+        return "never made"
     wanted = dict(_flatten(result.recipe))
     differences = [
         sorted(key for key in wanted.keys() | other.keys() if wanted.get(key) != other.get(key))
-        for other in _neighbours(store.path(result).parent)
+        for other in neighbours
         if all(other.get(key) == wanted.get(key) for key in ("ipc", "seed", "method.kind", "method.select"))
     ]
     if not differences:
@@ -131,13 +126,13 @@ def reason(store: Store, result: Result) -> str:
     return ", ".join(dict.fromkeys((words | upstream).get(key, f"{key} changed") for key in changed))
 
 
-def _neighbours(folder: Path) -> Iterator[dict[str, Any]]:
-    if folder.is_dir():
-        for path in folder.iterdir():
-            try:
-                yield dict(_flatten(json.loads((path / RECORD).read_text())["attributes"]["recipe"]))
-            except (OSError, ValueError, KeyError):
-                continue
+def _neighbours(folder: Path) -> list[dict[str, Any]]:
+    """Return the flattened recipes of the results of a stage and class."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            found.append(dict(_flatten(json.loads((path / RECORD).read_text())["attributes"]["recipe"])))
+    return found
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

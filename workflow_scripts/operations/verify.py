@@ -54,6 +54,8 @@ def _sets(recipes: Recipes) -> Iterator[str]:
             try:
                 card = json.loads((folder / CARD).read_text())
                 bad = [name for name in recipes.classes if class_checksum(folder / name) != card["checksums"][name]]
+                if card["classes"] != recipes.classes or card["digest"] != recipes.set_digest(wanted):
+                    bad.append(CARD)
             except (OSError, ValueError, KeyError):
                 bad = [CARD]
             if bad:

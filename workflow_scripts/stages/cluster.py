@@ -20,7 +20,7 @@ from workflow_scripts.store.results import Result
 def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     """Cluster one shard."""
 
-    def compute(missing: list[Result]) -> Iterator[Computed]:
+    def compute(missing: Iterator[Result]) -> Iterator[Computed]:
         for result in missing:
             try:
                 yield result, cluster_class(result.recipe, scaled_latents(recipes, result.class_name)), {}

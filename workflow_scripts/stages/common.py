@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import platform
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from workflow_scripts.config import RunConfig, load, load_resolved
 from workflow_scripts.errors import StillhouseError
-from workflow_scripts.recipes import Job, Recipes
+from workflow_scripts.recipes import GPU_STAGES, PACK, Job, Pack, Recipes
+from workflow_scripts.stages.notice import NOTICE, UNFINISHED, Unfinished
+from workflow_scripts.store.digests import PREFIX, digest
+from workflow_scripts.store.events import Events, slurm_job
 from workflow_scripts.store.files import write_atomically
 
 
@@ -36,16 +42,45 @@ def read_config(arguments: argparse.Namespace) -> RunConfig:
     return load(arguments.config, arguments.run, arguments.set, arguments.configfile)
 
 
+def resolved_path(config: RunConfig) -> Path:
+    """Return where a configuration is kept for ``--resolved``."""
+    return config.results / "cache" / "configs" / f"{digest(config.canonical())[:PREFIX]}.json"
+
+
 def write_resolved(config: RunConfig, path: Path) -> None:
-    """Write a configuration for ``--resolved``, unless it is there."""
+    """Write a configuration for ``--resolved``, or note that it is still used if it is there."""
     text = config.canonical()
-    if not path.exists() or path.read_text() != text:
+    if path.exists() and path.read_text() == text:
+        with contextlib.suppress(PermissionError):  # of another user's file
+            path.touch()
+    else:
         write_atomically(path, text)
 
 
 def machine_has_gpu() -> bool:
     """Say whether this machine has an NVIDIA GPU, without importing torch."""
     return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def launcher(gpus: int) -> str:
+    """Return the command that starts a module once for each of ``gpus`` GPUs, or of those of this machine if that has fewer.
+
+    The dashes keep torchrun from taking the module's options for its own.
+    """
+    here = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    count = min(gpus, here or gpus)
+    torchrun = f"python -m torch.distributed.run --standalone --nproc-per-node {count} -m --"
+    return torchrun if count > 1 else "python -m"
+
+
+def process_rank() -> int:
+    """Return this process's number among those that torchrun started for one job, 0 without it."""
+    return int(os.environ.get("RANK", 0))
+
+
+def sees_gpu() -> bool:
+    """Say whether this process has a GPU for itself, without importing torch."""
+    return machine_has_gpu() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 
 
 def stage_main(stage: str, doc: str | None, work: Callable[[Recipes, str], Mapping[str, Any]], shards: str) -> None:
@@ -59,35 +94,76 @@ def stage_main(stage: str, doc: str | None, work: Callable[[Recipes, str], Mappi
     add_config_arguments(parser)
     parser.add_argument("--shard", required=True, help=f"which job: {shards}")
     parser.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="CLASS",
+        help=f"classes to work on in place of a shard's, which is called {PACK} then; without a manifest",
+    )
+    parser.add_argument(
         "--log", type=Path, help="file for progress and warnings; a failure is still told on standard error"
     )
     parser.add_argument(
         "--manifest", type=Path, help="where the caller expects the manifest; refused if that is not what would be made"
     )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="stop in good order, with exit status 75, before so many minutes are over (default: those that SLURM leaves)",
+    )
     arguments = parser.parse_args()
+    if arguments.log and process_rank():
+        arguments.log = arguments.log.with_suffix(f".rank{process_rank()}.log")
     terminal = _log_to(arguments.log) if arguments.log else sys.stderr
+    NOTICE.give(arguments.minutes)
     try:
         config = read_config(arguments)
-        recipes = Recipes(config)
+        recipes = Pack(config, arguments.classes) if arguments.classes else Recipes(config)
         known = recipes.shards_of(stage)
         if arguments.shard not in known:
             raise StillhouseError(f"this run has no such job; it has {', '.join(known[:10]) or 'none of this stage'}")
         job = recipes.job(stage, arguments.shard)
         _expect(job, config.results, arguments.manifest)
-        content = work(recipes, arguments.shard)
-        _expect(Recipes(config).job(stage, arguments.shard), config.results, config.results / job.manifest)
-        write_manifest(config.results, job, content)
+        with _told(Events(config.results, stage, arguments.shard, job.digest[:PREFIX]), job, config):
+            content = work(recipes, arguments.shard)
+            if arguments.classes:
+                return
+            _expect(Recipes(config).job(stage, arguments.shard), config.results, config.results / job.manifest)
+            if process_rank() == 0:
+                write_manifest(config.results, job, content)
     except StillhouseError as error:
         for stream in {terminal, sys.stderr}:
             print(f"{stage} {arguments.shard}: {error}", file=stream, flush=True)
-        sys.exit(1)
+        sys.exit(UNFINISHED if isinstance(error, Unfinished) else 1)
+
+
+@contextlib.contextmanager
+def _told(events: Events, job: Job, config: RunConfig) -> Iterator[None]:
+    """Tell the events of a job's begin and end."""
+    left = NOTICE.seconds_left()
+    events.tell(
+        "start",
+        run=config.run,
+        digest=job.digest,
+        host=platform.node(),
+        pid=os.getpid(),
+        job=slurm_job(),
+        gpu=job.stage in GPU_STAGES and config.compute.device != "cpu" and sees_gpu(),
+        deadline=None if left is None else round(time.time() + left),
+    )
+    try:
+        yield
+    except BaseException as error:
+        status = UNFINISHED if isinstance(error, Unfinished) else 1
+        events.tell("stop", status=status, reason=str(error) or type(error).__name__)
+        raise
+    events.tell("stop", status=0)
 
 
 def _log_to(path: Path) -> TextIO:
     """Send this process's standard error to a file, libraries' included, and return what it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     before = os.fdopen(os.dup(2), "w")
-    with path.open("w") as file:
+    with path.open("a") as file:  # after what an earlier attempt said
         os.dup2(file.fileno(), 2)
     return before
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from workflow_scripts.errors import DataError
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import stage_main
 from workflow_scripts.stages.inputs import real_batches, refuse_skipped
+from workflow_scripts.stages.memory import Batch
 from workflow_scripts.stages.worker import Computed, pick_device, quiet_libraries, run_shard
 from workflow_scripts.store.results import Result
 
@@ -30,16 +32,22 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     quiet_libraries()
     device = pick_device(config.compute.device)
 
-    def compute(missing: list[Result]) -> Iterator[Computed]:
-        autoencoder = Autoencoder.load(recipes.backbone.autoencoder, device, getattr(torch, config.compute.dtype))
+    batch = Batch(config.compute.encode_batch)
+
+    @cache
+    def autoencoder() -> Autoencoder:
+        return Autoencoder.load(recipes.backbone.autoencoder, device, getattr(torch, config.compute.dtype))
+
+    def compute(missing: Iterator[Result]) -> Iterator[Computed]:
+        autoencoder()
         for result in missing:
-            yield result, *encode_class(recipes, autoencoder, result.class_name)
+            yield result, *encode_class(recipes, autoencoder(), result.class_name, batch)
 
     return run_shard(recipes, "encode", shard, compute, str(device))
 
 
 def encode_class(
-    recipes: Recipes, autoencoder: Autoencoder, class_name: str
+    recipes: Recipes, autoencoder: Autoencoder, class_name: str, batch: Batch
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the arrays and record of one class: mean and logvar (n, c, h, w) fp16, and which images they belong to.
 
@@ -53,9 +61,11 @@ def encode_class(
     for flip in flips:
         keys, skipped = [], []
         for kept, pixels in real_batches(recipes, class_name, skipped):
-            mean, logvar = autoencoder.encode(np.ascontiguousarray(pixels[:, :, ::-1]) if flip else pixels)
-            means.append(mean.cpu().numpy())
-            logvars.append(logvar.cpu().numpy())
+            for mean, logvar in batch.over(
+                np.ascontiguousarray(pixels[:, :, ::-1]) if flip else pixels, autoencoder.encode
+            ):
+                means.append(mean.cpu().numpy())
+                logvars.append(logvar.cpu().numpy())
             keys += [entry.key for entry in kept]
     if not keys:
         raise DataError(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 
+from workflow_scripts.data.imagenet import order_difference, titled
 from workflow_scripts.data.preprocess import load_labelled
 from workflow_scripts.data.sources import BadImage, ImageFolder, Source, Split
 from workflow_scripts.errors import DataError
@@ -16,7 +18,7 @@ from workflow_scripts.evaluation.training import train_student
 from workflow_scripts.recipes import Recipes, SampleSet, Training
 from workflow_scripts.stages.common import stage_main
 from workflow_scripts.stages.export import CARD
-from workflow_scripts.stages.worker import environment, pick_device, progress
+from workflow_scripts.stages.worker import Loop, environment, pick_device
 from workflow_scripts.store.digests import digest
 from workflow_scripts.store.files import write_atomically
 
@@ -27,12 +29,32 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     """Run one job's trainings that have no score yet."""
     trainings = recipes.trainings_of(shard)
     missing = [training for training in trainings if not recipes.training_path(training).exists()]
-    if missing:
-        device = pick_device(recipes.config.compute.device)
+
+    @cache
+    def test_images() -> tuple[Labelled, list[BadImage]]:
         skipped: list[BadImage] = []
-        test = load_test(recipes, skipped)
-        for training in progress(missing, len(missing), f"evaluate {shard}"):
-            evaluate(recipes, training, load_set(recipes, training.set), test, skipped, device)
+        return load_test(recipes, skipped), skipped
+
+    def compute(missing: Iterator[Training]) -> Iterator[tuple[Training, dict[str, Any]]]:
+        device = pick_device(recipes.config.compute.device)
+        test, skipped = test_images()
+        for training in missing:
+            yield training, evaluate(recipes, training, load_set(recipes, training.set), test, skipped, device)
+
+    def commit(made: tuple[Training, dict[str, Any]], _: float) -> None:
+        write_atomically(recipes.training_path(made[0]), json.dumps(made[1]))
+
+    if missing:
+        loop = Loop(
+            recipes,
+            "evaluate",
+            shard,
+            place=recipes.training_place,
+            name=lambda training: training.name,
+            exists=lambda training: recipes.training_path(training).exists(),
+            commit=commit,
+        )
+        loop.run(missing, len(trainings), compute)
     return {"scores": [str(recipes.training_path(t).relative_to(recipes.config.results)) for t in trainings]}
 
 
@@ -43,11 +65,11 @@ def evaluate(
     test: Labelled,
     skipped: Sequence[BadImage],
     device: torch.device,
-) -> None:
-    """Train one classifier and write its score, with everything that determines it."""
+) -> dict[str, Any]:
+    """Train one classifier and return its score, with everything that determines it."""
     recipe = recipes.training_recipe(training)
     score = train_student(recipes.student(training), *train, *test, device=device)
-    record = {
+    return {
         "digest": digest(recipe),
         "recipe": recipe,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -62,11 +84,14 @@ def evaluate(
         "curve": score.curve,
         "skipped": [{"class": bad.class_name, "path": bad.path, "reason": bad.reason} for bad in skipped],
     }
-    write_atomically(recipes.training_path(training), json.dumps(record))
 
 
 def load_set(recipes: Recipes, wanted: SampleSet) -> Labelled:
-    """Read an exported set, after checking that it is the one that is meant and that its class order is the run's."""
+    """Read an exported set, after checking that it is the one that is meant and that its class order is the run's.
+
+    Raises:
+        DataError: naming the first class that is another one, or the classes that have too few or too many images.
+    """
     folder = recipes.set_directory(wanted)
     try:
         card = json.loads((folder / CARD).read_text())
@@ -74,17 +99,19 @@ def load_set(recipes: Recipes, wanted: SampleSet) -> Labelled:
         raise DataError(
             f"{folder / CARD}: cannot be read ({error}). Run `stillhouse verify`, then the same command again."
         ) from None
-    if card["digest"] != recipes.set_digest(wanted) or card["classes"] != recipes.classes:
+    remedy = "Run `stillhouse verify`, which sets the folder aside, then the same command again."
+    if (difference := order_difference(recipes.classes, card["classes"])) is not None:
+        raise DataError(f"{folder / CARD}: has the classes in another order than this run: {difference}. {remedy}")
+    if card["digest"] != recipes.set_digest(wanted):
+        raise DataError(f"{folder / CARD}: is of another set than this run's. {remedy}")
+    source = ImageFolder(folder, folder)
+    counts = {name: len(source.entries(name, "train")) for name in recipes.classes}
+    if wrong := [f"{titled(name)} has {count}" for name, count in counts.items() if count != wanted.ipc]:
+        more = f", and {len(wrong) - 5} more classes" if wrong[5:] else ""
         raise DataError(
-            f"{folder}: holds another set or another class order than this run's. Delete the folder and run again."
+            f"{folder}: should hold {wanted.ipc} images of each class, but {', '.join(wrong[:5])}{more}. {remedy}"
         )
-    images, labels = _read(recipes, ImageFolder(folder, folder), "train")
-    if len(images) != wanted.ipc * len(recipes.classes):
-        raise DataError(
-            f"{folder}: holds {len(images)} images, not {wanted.ipc} for each of {len(recipes.classes)} classes. "
-            "Delete the folder and run again."
-        )
-    return images, labels
+    return _read(recipes, source, "train")
 
 
 def load_test(recipes: Recipes, skipped: list[BadImage]) -> Labelled:

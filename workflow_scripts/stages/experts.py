@@ -6,6 +6,7 @@ An expert is a ConvNet in plain SGD. Only as many epochs are trained as are ever
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,14 +28,18 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     config = recipes.config
     device = pick_device(config.compute.device)
 
-    def compute(missing: list[Result]) -> Iterator[Computed]:
+    @cache
+    def real() -> tuple[torch.Tensor, torch.Tensor, int]:
         pixels, labels, skipped = training_images(recipes)
-        images, classes = torch.from_numpy(pixels).to(device), torch.from_numpy(labels).to(device)
+        return torch.from_numpy(pixels).to(device), torch.from_numpy(labels).to(device), len(skipped)
+
+    def compute(missing: Iterator[Result]) -> Iterator[Computed]:
+        images, classes, skipped = real()
         for result in missing:
             trajectory = train_expert(images, classes, len(recipes.classes), result.recipe)
             if not np.isfinite(trajectory).all():
                 raise DataError(f"{result.class_name}: its training diverged. Lower objective.experts.learning_rate.")
-            yield result, {"trajectory": trajectory}, {"skipped": len(skipped)}
+            yield result, {"trajectory": trajectory}, {"skipped": skipped}
 
     return run_shard(recipes, "experts", shard, compute, str(device))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from workflow_scripts.evaluation.inception import Inception
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import stage_main
 from workflow_scripts.stages.inputs import real_batches, refuse_skipped, scaling_factor
+from workflow_scripts.stages.memory import Batch
 from workflow_scripts.stages.worker import Computed, pick_device, quiet_libraries, run_shard
 from workflow_scripts.store.results import Result
 
@@ -25,22 +27,27 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     """Compute the features of one shard."""
     refuse_skipped(recipes, "features", shard)
     device = pick_device(recipes.config.compute.device)
+    batch = Batch(recipes.config.compute.encode_batch)
 
-    def compute(missing: list[Result]) -> Iterator[Computed]:
-        name, extract = extractor(recipes, device)
+    @cache
+    def loaded() -> tuple[str, Extract]:
+        return extractor(recipes, device)
+
+    def compute(missing: Iterator[Result]) -> Iterator[Computed]:
+        name, extract = loaded()
         for result in missing:
             skipped: list[BadImage] = []
-            batches = [
-                ([entry.key for entry in kept], extract(pixels))
-                for kept, pixels in real_batches(recipes, result.class_name, skipped)
-            ]
-            if not batches:
+            keys: list[str] = []
+            features: list[np.ndarray] = []
+            for kept, pixels in real_batches(recipes, result.class_name, skipped):
+                features += batch.over(pixels, extract)
+                keys += [entry.key for entry in kept]
+            if not keys:
                 raise DataError(
                     f"class {result.class_name}: none of its images can be read (first: {skipped[0].path})."
                 )
-            keys = [key for batch, _ in batches for key in batch]
             record = {"space": name, "images": keys, "skipped": [{"path": b.path, "reason": b.reason} for b in skipped]}
-            yield result, {"features": np.concatenate([features for _, features in batches])}, record
+            yield result, {"features": np.concatenate(features)}, record
 
     return run_shard(recipes, "features", shard, compute, str(device))
 

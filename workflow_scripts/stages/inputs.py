@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -16,6 +17,42 @@ def scaled_latents(recipes: Recipes, class_name: str) -> np.ndarray:
     """Return a class's real latents (n, c, h, w) float32: posterior means times the autoencoder's scaling factor."""
     mean = recipes.store.read(recipes.latents(class_name), "mean").arrays["mean"]
     return mean.astype(np.float32) * scaling_factor(recipes)
+
+
+class CachedLatents:
+    """The posteriors of all real images of a run, scaled, read from the store as they are asked for.
+
+    Attributes:
+        shape: (c, h, w) of a latent.
+    """
+
+    def __init__(self, recipes: Recipes, *, verify: bool = True):
+        """Look at every class's latents, and compare their checksums if ``verify``."""
+        self._store = recipes.store
+        self._results = [recipes.latents(name) for name in recipes.classes]
+        self._scale = scaling_factor(recipes)
+        if verify:
+            for result in self._results:
+                self._store.read(result)
+        shapes = [self._store.mapped(result, "mean").shape for result in self._results]
+        self.shape = shapes[0][1:]
+        self._ends = np.cumsum([shape[0] for shape in shapes])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return means and log-variances (n, c, h, w) float32 and labels (n,) int64 of the latents at ``places`` (n,)."""
+        labels = np.searchsorted(self._ends, places, side="right")
+        mean, logvar = (np.empty((len(places), *self.shape), np.float32) for _ in range(2))
+        for label in np.unique(labels):
+            rows = labels == label
+            result, begin = self._results[label], self._ends[label - 1] if label else 0
+            mean[rows] = self._store.mapped(result, "mean")[places[rows] - begin]
+            logvar[rows] = self._store.mapped(result, "logvar")[places[rows] - begin]
+        mean *= self._scale
+        logvar += 2 * math.log(self._scale)
+        return mean, logvar, labels
 
 
 def scaling_factor(recipes: Recipes) -> float:

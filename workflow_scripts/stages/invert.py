@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from workflow_scripts.diffusion.schedule import respace
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import stage_main
 from workflow_scripts.stages.inputs import scaled_latents
+from workflow_scripts.stages.memory import Batch
 from workflow_scripts.stages.worker import Computed, pick_device, quiet_libraries, run_shard
 from workflow_scripts.store.results import Result
 
@@ -25,29 +27,41 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     quiet_libraries()
     device = pick_device(config.compute.device)
 
-    def compute(missing: list[Result]) -> Iterator[Computed]:
+    batch = Batch(config.compute.invert_batch)
+
+    @cache
+    def denoiser() -> Denoiser:
         dtype = getattr(torch, config.compute.dtype)
-        denoiser = Denoiser.load(recipes.backbone.path, device, dtype, compiled=config.compute.compile)
+        return Denoiser.load(
+            recipes.backbone.path, device, dtype, side=recipes.backbone.latent_side, compiled=config.compute.compile
+        )
+
+    def compute(missing: Iterator[Result]) -> Iterator[Computed]:
+        denoiser()
         for result in missing:
             latents = torch.from_numpy(scaled_latents(recipes, result.class_name))
-            yield result, *class_gaussian(denoiser, latents, result.recipe, config.compute.invert_batch)
+            yield result, *class_gaussian(denoiser(), latents, result.recipe, batch)
 
     return run_shard(recipes, "invert", shard, compute, str(device))
 
 
 def class_gaussian(
-    denoiser: Denoiser, latents: torch.Tensor, recipe: Mapping[str, Any], batch: int
+    denoiser: Denoiser, latents: torch.Tensor, recipe: Mapping[str, Any], batch: Batch
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Stream a class's latents (n, c, h, w) through the map; return mean and variance (c, h, w) fp32, and the count."""
     grid = respace(denoiser.abar, recipe["steps"], recipe["spacing"])
     settings, until = Inversion(**recipe["inversion"]), grid.step_of(recipe["timestep"])
-    moments = Moments()
-    for part in latents.split(batch):
+
+    def mapped(part: torch.Tensor) -> torch.Tensor:
         part = part.to(denoiser.device)
-        if settings.map == "ddim":
-            labels = torch.full((len(part),), recipe["label"], device=denoiser.device)
-            guidance = {"cfg_scale": recipe["cfg_scale"], "cfg_channels": recipe["cfg_channels"]}
-            part = invert(denoiser, grid, part, labels, until, settings, **guidance)
+        if settings.map != "ddim":
+            return part
+        labels = torch.full((len(part),), recipe["label"], device=denoiser.device)
+        guidance = {"cfg_scale": recipe["cfg_scale"], "cfg_channels": recipe["cfg_channels"]}
+        return invert(denoiser, grid, part, labels, until, settings, **guidance)
+
+    moments = Moments()
+    for part in batch.over(latents, mapped):
         moments.update(part)
     fitted = moments.result()
     if settings.map == "noise":

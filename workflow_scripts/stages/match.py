@@ -43,6 +43,7 @@ from workflow_scripts.methods.matching import (
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import stage_main
 from workflow_scripts.stages.inputs import real_images, scaled_latents
+from workflow_scripts.stages.notice import NOTICE, Unfinished
 from workflow_scripts.stages.worker import Computed, pick_device, progress, quiet_libraries, run_shard
 from workflow_scripts.store.files import write_atomically
 from workflow_scripts.store.results import Result
@@ -57,7 +58,11 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     """Learn one job's images."""
     quiet_libraries()
     device = pick_device(recipes.config.compute.device)
-    return run_shard(recipes, "match", shard, lambda missing: learn(recipes, shard, missing, device), str(device))
+
+    def compute(missing: Iterator[Result]) -> Iterator[Computed]:
+        return learn(recipes, shard, list(missing), device)
+
+    return run_shard(recipes, "match", shard, compute, str(device), together=True)
 
 
 @dataclass
@@ -96,7 +101,7 @@ def learn(recipes: Recipes, shard: str, missing: list[Result], device: torch.dev
     together = isinstance(method.objective, MTTObjective)
     results = recipes.stage_results("match", shard) if together else missing
     dtype = getattr(torch, config.compute.dtype)
-    denoiser = Denoiser.load(recipes.backbone.path, device, dtype)
+    denoiser = Denoiser.load(recipes.backbone.path, device, dtype, side=recipes.backbone.latent_side)
     autoencoder = Autoencoder.load(recipes.backbone.autoencoder, device, dtype)
     synthesiser = Synthesiser(denoiser, autoencoder, method.chain, method.chunk, method.checkpointing)
     owners = [(result.class_name, index) for result in results for index in range(wanted.ipc)]
@@ -106,14 +111,23 @@ def learn(recipes: Recipes, shard: str, missing: list[Result], device: torch.dev
     began = time.monotonic()
     state = resume(file, results, device) or start(recipes, method, denoiser, results)
     compare = comparison(recipes, wanted.method, results, device)
+    before, took = time.monotonic(), 0.0
     for iteration in progress(
         range(state.iteration, method.iterations), method.iterations - state.iteration, f"match {shard}", "iteration"
     ):
         if method.chain.noise == "resample":
             noise = synthesiser.noise(owners, wanted.seed, iteration)
         step(state, synthesiser, method, noise, compare)
-        if state.iteration % method.checkpoint_every == 0 or state.iteration == method.iterations:
+        took = max(took, time.monotonic() - before)
+        stopping = NOTICE.due(took) and state.iteration < method.iterations
+        if stopping or state.iteration % method.checkpoint_every == 0 or state.iteration == method.iterations:
             keep(file, state, results)
+        if stopping:
+            raise Unfinished(
+                f"stopped in good order at iteration {state.iteration} of {method.iterations}, because {NOTICE.reason()}. "
+                "The same command goes on there."
+            )
+        before = time.monotonic()
     seconds = (time.monotonic() - began) / len(missing)
 
     values, final = state.values, synthesiser.noise(owners, wanted.seed)

@@ -15,6 +15,7 @@ from workflow_scripts.evaluation.set_metrics import Memorisation
 from workflow_scripts.recipes import Recipes, SampleSet
 from workflow_scripts.stages.common import stage_main
 from workflow_scripts.stages.features import Extract, extractor, real_features
+from workflow_scripts.stages.memory import Batch
 from workflow_scripts.stages.worker import environment, pick_device, progress
 from workflow_scripts.store.digests import digest
 from workflow_scripts.store.files import write_atomically
@@ -65,10 +66,10 @@ def measure_sets(recipes: Recipes, shard: str, sets: list[SampleSet]) -> None:
 
 def set_features(recipes: Recipes, wanted: SampleSet, extract: Extract) -> np.ndarray:
     """Return the features (classes * ipc, d) of a set's images, class by class in label order."""
-    batch, parts = recipes.config.compute.encode_batch, []
+    batch, parts = Batch(recipes.config.compute.encode_batch), []
     for name in recipes.classes:
         images = recipes.store.read(recipes.samples(name, wanted), "images").arrays["images"]
-        parts += [extract(images[start : start + batch]) for start in range(0, len(images), batch)]
+        parts += batch.over(images, extract)
     return np.concatenate(parts)
 
 

@@ -6,15 +6,19 @@ method makes the images of a class one after another, as many classes as a batch
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import groupby
+from dataclasses import replace
+from functools import cache
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
 import torch
 
-from workflow_scripts.config import CoresetMethod, DiffusionMethod
+from workflow_scripts.config import Compute, CoresetMethod, DiffusionMethod
 from workflow_scripts.diffusion.backbone import Autoencoder, Denoiser
+from workflow_scripts.diffusion.checkpoint import Checkpoint
 from workflow_scripts.diffusion.noise import batch_noise, stream
 from workflow_scripts.diffusion.sampler import sample
 from workflow_scripts.diffusion.schedule import Grid, respace
@@ -23,6 +27,7 @@ from workflow_scripts.methods.coresets import collage, select
 from workflow_scripts.methods.manifoldgd import shared_latents
 from workflow_scripts.methods.registry import (
     ClassInputs,
+    find_candidate,
     is_greedy,
     is_joint,
     label_schedule_of,
@@ -35,6 +40,7 @@ from workflow_scripts.methods.registry import (
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import stage_main
 from workflow_scripts.stages.inputs import real_images, scaled_latents
+from workflow_scripts.stages.memory import Batch
 from workflow_scripts.stages.worker import Computed, pick_device, quiet_libraries, run_shard
 from workflow_scripts.store.results import Result
 
@@ -52,9 +58,11 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
         return run_shard(
             recipes, "sample", shard, lambda missing: (choose_real(recipes, method, result) for result in missing)
         )
+    assert isinstance(method, DiffusionMethod)
     quiet_libraries()
     device = pick_device(config.compute.device)
-    return run_shard(recipes, "sample", shard, lambda missing: synthesise(recipes, name, missing, device), str(device))
+    order = _ipc_of if is_greedy(method) else None
+    return run_shard(recipes, "sample", shard, synthesise(recipes, name, device), str(device), order=order)
 
 
 def choose_real(recipes: Recipes, method: CoresetMethod, result: Result) -> Computed:
@@ -75,33 +83,73 @@ def choose_real(recipes: Recipes, method: CoresetMethod, result: Result) -> Comp
     return result, arrays, {"chosen": [keys[index] for index in chosen]}
 
 
-def synthesise(recipes: Recipes, name: str, missing: list[Result], device: torch.device) -> Iterator[Computed]:
-    """Sample the rows of all missing results, batch by batch, and yield each result when its rows are complete."""
-    config = recipes.config
-    method = config.methods[name]
+def synthesise(recipes: Recipes, name: str, device: torch.device) -> Callable[[Iterator[Result]], Iterator[Computed]]:
+    """Return a function that generates missing results from what the store has of their classes."""
+    method = recipes.config.methods[name]
     assert isinstance(method, DiffusionMethod)
-    dtype = getattr(torch, config.compute.dtype)
-    denoiser = Denoiser.load(recipes.backbone.path, device, dtype, compiled=config.compute.compile)
-    autoencoder = Autoencoder.load(recipes.backbone.autoencoder, device, dtype)
-
-    def prepare(result: Result, grid: Grid) -> Rows:
-        inputs = class_inputs(recipes, name, result, denoiser)
-        return prepare_rows(method, inputs, grid, result.recipe["ipc"], result.recipe["seed"], device)
 
     def latents_of(class_name: str) -> torch.Tensor:
         return torch.from_numpy(scaled_latents(recipes, class_name)).to(device).flatten(1)
 
-    fixed = device.type == "cuda" or config.compute.compile
-    pool = latents_of if needs_pool(method) else None
-    for result, latents in sample_results(
-        denoiser, method, missing, prepare, config.compute.sample_batch, fixed_shape=fixed, latents_of=pool
-    ):
-        if not torch.isfinite(latents).all():
-            raise DataError(
-                f"class {result.class_name}: {name} diverged to non-finite latents. Lower its guidance scale or cfg_scale."
-            )
-        images = np.concatenate([autoencoder.decode(part) for part in latents.split(config.compute.encode_batch)])
-        yield result, {"images": images, "latents": latents.cpu().numpy()}, {}
+    return generate(
+        recipes.backbone,
+        method,
+        lambda result, denoiser: class_inputs(recipes, name, result, denoiser),
+        recipes.config.compute,
+        device,
+        latents_of if needs_pool(method) else None,
+    )
+
+
+def generate(
+    backbone: Checkpoint,
+    method: DiffusionMethod,
+    inputs_of: Callable[[Result, Denoiser], ClassInputs],
+    compute: Compute,
+    device: torch.device,
+    latents_of: Callable[[str], torch.Tensor] | None = None,
+) -> Callable[[Iterable[Result]], Iterator[Computed]]:
+    """Return a function that samples the rows of results, batch by batch, and yields each when its rows are complete.
+
+    The networks are loaded at its first call and serve the later ones.
+
+    Args:
+        inputs_of: what the method needs to know of a result's class.
+        latents_of: see :func:`sample_results`.
+    """
+    dtype = getattr(torch, compute.dtype)
+    batch, decode_batch = Batch(compute.sample_batch), Batch(compute.encode_batch)
+    fixed = device.type == "cuda" or compute.compile
+    candidates: dict[str, int] = {}
+
+    @cache
+    def networks() -> tuple[Denoiser, Autoencoder]:
+        return (
+            Denoiser.load(backbone.path, device, dtype, side=backbone.latent_side, compiled=compute.compile),
+            Autoencoder.load(backbone.autoencoder, device, dtype),
+        )
+
+    def prepare(result: Result, grid: Grid) -> Rows:
+        inputs, ipc, seed = inputs_of(result, networks()[0]), result.recipe["ipc"], result.recipe["seed"]
+        candidate = find_candidate(method, inputs, ipc, seed, device)
+        if candidate is not None:
+            candidates[result.digest] = candidate
+        return prepare_rows(method, replace(inputs, candidate=candidate), grid, ipc, seed, device)
+
+    def generated(results: Iterable[Result]) -> Iterator[Computed]:
+        denoiser, autoencoder = networks()
+        for result, latents in sample_results(
+            denoiser, method, results, prepare, batch, fixed_shape=fixed, latents_of=latents_of
+        ):
+            if not torch.isfinite(latents).all():
+                raise DataError(
+                    f"class {result.class_name}: its latents are not finite. Lower the method's guidance scale or cfg_scale."
+                )
+            images = np.concatenate(list(decode_batch.over(latents, autoencoder.decode)))
+            found = {"candidate": candidates[result.digest]} if result.digest in candidates else {}
+            yield result, {"images": images, "latents": latents.cpu().numpy()}, found
+
+    return generated
 
 
 def class_inputs(recipes: Recipes, name: str, result: Result, denoiser: Denoiser) -> ClassInputs:
@@ -131,9 +179,9 @@ def class_inputs(recipes: Recipes, name: str, result: Result, denoiser: Denoiser
 def sample_results(
     denoiser: Denoiser,
     method: DiffusionMethod,
-    results: list[Result],
+    results: Iterable[Result],
     prepare: Prepare,
-    batch: int,
+    batch: Batch,
     *,
     fixed_shape: bool,
     latents_of: Callable[[str], torch.Tensor] | None = None,
@@ -141,7 +189,9 @@ def sample_results(
     """Sample the rows of many results in batches that may span several of them.
 
     Args:
+        results: taken as they are needed to fill the next batch.
         prepare: the per-row tensors of one result.
+        batch: rows per batch; becomes smaller if memory runs out.
         fixed_shape: fill the last batch with repeated rows, so that compiled code and kernels stay the same.
         latents_of: the real latents (n, D) of a class, where guidance looks at them at each step: held once per batch.
 
@@ -155,12 +205,13 @@ def sample_results(
     def denoise(rows: Rows, owners: list[Owner]) -> torch.Tensor:
         """Sample one batch, filled up to the fixed shape where there is one."""
         count = len(owners)
-        rows["set"] = torch.tensor([positions[result.digest] for result, _ in owners])
-        if fixed_shape and count < batch:
-            filler = torch.arange(batch).clamp(max=count - 1)
+        numbers = [positions.setdefault(result.digest, len(positions)) for result, _ in owners]
+        rows = {**rows, "set": torch.tensor(numbers)}
+        if fixed_shape and count < batch.size:
+            filler = torch.arange(batch.size).clamp(max=count - 1)
             rows = {key: value[filler.to(value.device)] for key, value in rows.items()}
             rows["set"][count:] = -1
-            owners = owners + [owners[-1]] * (batch - count)
+            owners = owners + [owners[-1]] * (batch.size - count)
         if latents_of is not None:
             rows |= shared_latents([result.class_name for result, _ in owners], latents_of)
         labels = torch.tensor([result.recipe["label"] for result, _ in owners], device=denoiser.device)
@@ -172,36 +223,51 @@ def sample_results(
             :count
         ]
 
-    positions = {result.digest: position for position, result in enumerate(results)}
+    def denoise_in_parts(rows: Rows, owners: list[Owner]) -> torch.Tensor:
+        """Sample one batch, in halves if memory does not suffice for the whole; the rows of a joint set stay together."""
+        cuts = [
+            cut for cut in range(1, len(owners)) if not is_joint(method) or owners[cut][0] is not owners[cut - 1][0]
+        ]
+        if len(owners) <= batch.size or not cuts:
+            try:
+                return denoise(rows, owners)
+            except torch.OutOfMemoryError:
+                if not cuts:
+                    raise
+            batch.shrink(len(owners))
+        cut = min(cuts, key=lambda cut: abs(2 * cut - len(owners)))
+        halves = [{key: value[half] for key, value in rows.items()} for half in (slice(cut), slice(cut, None))]
+        parts = zip(halves, (owners[:cut], owners[cut:]), strict=True)
+        return torch.cat([denoise_in_parts(*part) for part in parts])
+
+    positions: dict[str, int] = {}
     if is_greedy(method):
-        yield from _in_lockstep(denoise, results, lambda result: prepare(result, grid), batch)
+        yield from _in_lockstep(denoise_in_parts, results, lambda result: prepare(result, grid), batch)
         return
+    begun: deque[Result] = deque()
+
+    def rows_of(result: Result) -> Rows:
+        begun.append(result)
+        return prepare(result, grid)
+
     done: list[torch.Tensor] = []
-    waiting = iter(results)
-    current = next(waiting, None)
-    for rows, owners in _batches(results, lambda result: prepare(result, grid), batch, whole=is_joint(method)):
-        done.append(denoise(rows, owners))
-        while current is not None and sum(map(len, done)) >= current.recipe["ipc"]:
-            ready = torch.cat(done)
+    for rows, owners in _batches(results, rows_of, batch, whole=is_joint(method)):
+        done.append(denoise_in_parts(rows, owners))
+        while begun and sum(map(len, done)) >= begun[0].recipe["ipc"]:
+            ready, current = torch.cat(done), begun.popleft()
             yield current, ready[: current.recipe["ipc"]]
             done = [ready[current.recipe["ipc"] :]]
-            current = next(waiting, None)
 
 
 def _in_lockstep(
     denoise: Callable[[Rows, list[Owner]], torch.Tensor],
-    results: list[Result],
+    results: Iterable[Result],
     prepare: Callable[[Result], Rows],
-    batch: int,
+    batch: Batch,
 ) -> Iterator[tuple[Result, torch.Tensor]]:
-    """Make image after image of up to ``batch`` results of equal IPC at once; ``memory`` holds those a set has so far."""
-
-    def ipc_of(result: Result) -> int:
-        return int(result.recipe["ipc"])
-
-    for ipc, equals in groupby(sorted(results, key=ipc_of), ipc_of):
-        alike = list(equals)
-        for group in (alike[start : start + batch] for start in range(0, len(alike), batch)):
+    """Make image after image of as many results of equal IPC at once as a batch holds; ``memory`` holds those made so far."""
+    for ipc, equals in groupby(results, _ipc_of):
+        while group := list(islice(equals, batch.size)):
             rows = [prepare(result) for result in group]
             finished = [row["start"].new_empty(0, row["start"][0].numel()) for row in rows]
             images: list[torch.Tensor] = []
@@ -216,31 +282,35 @@ def _in_lockstep(
 
 
 def _batches(
-    results: Iterable[Result], prepare: Callable[[Result], Rows], batch: int, *, whole: bool
+    results: Iterable[Result], prepare: Callable[[Result], Rows], batch: Batch, *, whole: bool
 ) -> Iterator[tuple[Rows, list[Owner]]]:
     """Yield batches of rows, each with the result and index that every row belongs to.
 
     Args:
-        whole: keep the rows of a result in one batch, which is larger than ``batch`` if a result is.
+        whole: keep the rows of a result in one batch, which is larger than ``batch.size`` if a result is.
     """
     parts: list[Rows] = []
     owners: list[Owner] = []
     for result in results:
         index, ipc = 0, result.recipe["ipc"]
-        if whole and owners and len(owners) + ipc > batch:
+        if whole and owners and len(owners) + ipc > batch.size:
             yield _collate(parts), owners
             parts, owners = [], []
         rows = prepare(result)
         while index < ipc:
-            take = ipc if whole else min(batch - len(owners), ipc - index)
+            take = ipc if whole else min(batch.size - len(owners), ipc - index)
             parts.append({key: value[index : index + take] for key, value in rows.items()})
             owners += [(result, i) for i in range(index, index + take)]
             index += take
-            if len(owners) >= batch:
+            if len(owners) >= batch.size:
                 yield _collate(parts), owners
                 parts, owners = [], []
     if owners:
         yield _collate(parts), owners
+
+
+def _ipc_of(result: Result) -> int:
+    return int(result.recipe["ipc"])
 
 
 def _collate(parts: list[Rows]) -> Rows:

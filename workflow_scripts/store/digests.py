@@ -20,12 +20,17 @@ def digest(recipe: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def note_on(folder: Path, cache: Path) -> Path:
+    """Return where the digests of a folder's files are remembered."""
+    return cache / f"{digest(os.fspath(folder.resolve()))[:PREFIX]}.json"
+
+
 def file_digests(paths: Sequence[Path], cache: Path) -> list[str]:
     """Return the SHA-256 of files' bytes, remembered in ``cache`` by path, size and mtime.
 
     Files that are asked for together are remembered together, in one note named after the first one's folder.
     """
-    note = cache / f"{digest(os.fspath(paths[0].parent.resolve()))[:PREFIX]}.json" if paths else cache
+    note = note_on(paths[0].parent, cache) if paths else cache
     try:
         content = json.loads(note.read_text())
         known: dict[str, Any] = content if isinstance(content, dict) else {}

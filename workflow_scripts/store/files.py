@@ -39,6 +39,20 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) 
 
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
+    _sync(path)
+
+
+def sync_tree(root: Path) -> None:
+    """Make a file, or everything in a directory, durable."""
+    if root.is_file():
+        _sync(root)
+    for directory, _, files in os.walk(root, topdown=False):
+        for name in files:
+            _sync(Path(directory, name))
+        sync_directory(Path(directory))
+
+
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,30 +1,34 @@
 """The store: one Zarr group per class-level result, at a place that its recipe determines, committed whole or not at all.
 
-``root/<stage>.zarr/<class>/<digest prefix>`` holds the arrays, one chunk each; the group's attributes are the record: the
-full recipe, what computed it and when, and a checksum per array.
+``root/<stage>.zarr/<class>/<digest prefix>`` is two files, however many arrays there are: ``zarr.json``, a group whose
+attributes are the record (the full recipe, what computed it and when, and a checksum per array), and ``arrays.zip``, a Zarr
+zip store with the arrays, uncompressed and one chunk each.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 import uuid
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
+from struct import unpack
 from typing import Any
 
 import numpy as np
 
 from workflow_scripts.errors import StoreError
 from workflow_scripts.store.digests import PREFIX, digest
-from workflow_scripts.store.files import TEMPORARY, explain_full_disk, sync_directory
+from workflow_scripts.store.files import TEMPORARY, explain_full_disk, sync_directory, sync_tree
 
 RECORD = "zarr.json"
+ARRAYS = "arrays.zip"
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,14 @@ class Result:
     def digest(self) -> str:
         """SHA-256 of the recipe, in hexadecimal."""
         return digest(self.recipe)
+
+    @property
+    def name(self) -> str:
+        """What it is called for people: its class, and what else tells it from the stage's other results of that class."""
+        recipe = self.recipe
+        if "ipc" in recipe:
+            return f"{self.class_name} IPC {recipe['ipc']} seed {recipe['seed']}"
+        return f"{self.class_name} k {recipe['k']}" if "k" in recipe else self.class_name
 
     @property
     def place(self) -> str:
@@ -84,6 +96,7 @@ class Store:
             StoreError: if the disk takes no more; nothing half-written stays.
         """
         import zarr  # imported here because it costs a planner that only asks what exists a second
+        from zarr.storage import ZipStore
 
         final = self.path(result)
         temporary = final.parent / f"{TEMPORARY}{final.name}.{uuid.uuid4().hex}"
@@ -97,20 +110,23 @@ class Store:
         with explain_full_disk(final):
             try:
                 temporary.mkdir(parents=True)
-                for name, array in arrays.items():
-                    zarr.create_array(
-                        str(temporary / name),
-                        data=array,
-                        chunks=tuple(max(1, side) for side in array.shape),
-                        compressors=None,
-                        fill_value=np.nan if array.dtype.kind == "f" else 0,
-                        chunk_key_encoding={"name": "default", "separator": "."},
-                        config={"write_empty_chunks": True},
-                    )
+                with ZipStore(temporary / ARRAYS, mode="w") as packed:
+                    zarr.create_group(packed)
+                    for name, array in arrays.items():
+                        zarr.create_array(
+                            packed,
+                            name=name,
+                            data=array,
+                            chunks=tuple(max(1, side) for side in array.shape),
+                            compressors=None,
+                            fill_value=np.nan if array.dtype.kind == "f" else 0,
+                            chunk_key_encoding={"name": "default", "separator": "."},
+                            config={"write_empty_chunks": True},
+                        )
                 (temporary / RECORD).write_text(
                     json.dumps({"zarr_format": 3, "node_type": "group", "attributes": record})
                 )
-                _sync_tree(temporary)
+                sync_tree(temporary)
                 _rename_unless_there(temporary, final)
                 sync_directory(final.parent)
             except BaseException:
@@ -124,22 +140,48 @@ class Store:
             StoreError: if it is not there, or is damaged.
         """
         import zarr
+        from zarr.storage import LocalStore, ZipStore
 
         path = self.path(result)
+        record = self.record(result)
         try:
-            record = self.record(result)
-            wanted = names or tuple(record["checksums"])
-            arrays = {name: np.asarray(zarr.open_array(str(path / name), mode="r")[...]) for name in wanted}
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+            checksums = dict(record["checksums"])
+            # Older results have a folder per array in place of the zip.
+            kind = ZipStore if (path / ARRAYS).exists() else LocalStore
+            with kind(path / ARRAYS if kind is ZipStore else path, read_only=True) as packed:
+                arrays = {
+                    name: np.asarray(zarr.open_array(packed, path=name, mode="r")[...]) for name in names or checksums
+                }
+        except Exception as error:  # damaged bytes raise whatever the libraries stumble on
             raise StoreError(
                 f"{path}: {result.stage} of class {result.class_name} cannot be read ({error!r}). {_REMEDY}"
             ) from error
         for name, array in arrays.items():
-            if checksum(array) != record["checksums"][name]:
+            if checksum(array) != checksums[name]:
                 raise StoreError(
                     f"{path}/{name}: {result.stage} of class {result.class_name} does not match its checksum. {_REMEDY}"
                 )
         return Stored(arrays, record)
+
+    def mapped(self, result: Result, name: str) -> np.ndarray:
+        """Return an array mapped into memory, of which only those parts are read that are looked at.
+
+        Checksums are not compared. Each mapping holds a file open.
+
+        Raises:
+            StoreError: if it is not there, or is damaged.
+        """
+        path = self.path(result)
+        try:
+            about, file, offset, size = _chunk(path, name)
+            shape, kind = about["shape"], np.dtype(about["data_type"])
+            if size != kind.itemsize * prod(shape):
+                raise ValueError("its size is not that of its shape")
+            return np.memmap(file, dtype=kind, mode="r", offset=offset, shape=tuple(shape))
+        except Exception as error:  # as in read
+            raise StoreError(
+                f"{path}/{name}: {result.stage} of class {result.class_name} cannot be read ({error!r}). {_REMEDY}"
+            ) from error
 
     def record(self, result: Result) -> dict[str, Any]:
         """Read a result's record alone.
@@ -178,6 +220,29 @@ def checksum(array: np.ndarray) -> str:
     return sha256.hexdigest()
 
 
+def _chunk(path: Path, name: str) -> tuple[dict[str, Any], Path, int, int]:
+    """Return an array's description, and the file, offset and size of its only chunk, which is not compressed."""
+    if not (path / ARRAYS).exists():
+        about = json.loads((path / name / RECORD).read_text())
+        file = path / name / _key(about)
+        return about, file, 0, file.stat().st_size
+    with zipfile.ZipFile(path / ARRAYS) as packed, (path / ARRAYS).open("rb") as file_of_all:
+        about = json.loads(packed.read(f"{name}/{RECORD}"))
+        member = packed.getinfo(f"{name}/{_key(about)}")
+        # The member's own header has 30 bytes, of which the last four are the lengths of its name and of an extra field.
+        file_of_all.seek(member.header_offset + 26)
+        return (
+            about,
+            path / ARRAYS,
+            member.header_offset + 30 + sum(unpack("<HH", file_of_all.read(4))),
+            member.file_size,
+        )
+
+
+def _key(about: Mapping[str, Any]) -> str:
+    return ".".join(["c", *("0" for _ in about["shape"])])
+
+
 def _rename_unless_there(temporary: Path, final: Path) -> None:
     """Rename a whole result into place; one that is there already stays, the remains of a damaged one do not."""
     try:
@@ -190,14 +255,3 @@ def _rename_unless_there(temporary: Path, final: Path) -> None:
             _rename_unless_there(temporary, final)
         else:
             raise
-
-
-def _sync_tree(root: Path) -> None:
-    for directory, _, files in os.walk(root, topdown=False):
-        for name in files:
-            descriptor = os.open(Path(directory, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        sync_directory(Path(directory))

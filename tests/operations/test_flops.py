@@ -1,0 +1,79 @@
+"""Operations by arithmetic against those that torch counts while a network runs, on tensors without memory."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiTTransformer2DModel, VQModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from workflow_scripts.config import FitDiT, FitVAE
+from workflow_scripts.diffusion.fit import build_dit, build_vae, build_vq
+from workflow_scripts.evaluation.architectures import build
+from workflow_scripts.methods.matching import flatten
+from workflow_scripts.operations import flops
+
+
+def counted(call: Callable[..., object], *arguments: torch.Tensor) -> float:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call(*arguments)
+    return counter.get_total_flops()
+
+
+def test_dit_xl_costs_twice_its_published_multiply_adds() -> None:
+    """118.62 GMAC (DiT, table 1), and what diffusers adds: an embedder of the timestep in each of 28 blocks."""
+    network, _ = flops.ARCHITECTURES["DiT-XL/2-256"]
+    assert flops.dit_flop(network) == pytest.approx(2 * 118.62e9, rel=1e-3)
+    assert flops.network_name(network) == "dit-28x1152-p2-32"
+    with torch.device("meta"):
+        model = DiTTransformer2DModel(**network).eval()
+        label = torch.zeros(1, dtype=torch.int64)
+        assert counted(model, torch.zeros(1, 4, 32, 32), label, label) == flops.dit_flop(network)
+    assert flops.parameters(network) == pytest.approx(sum(p.numel() for p in model.parameters()), rel=0.01)
+
+
+def test_stable_diffusions_autoencoder() -> None:
+    """136.4 and 311 GMAC at 256 pixels."""
+    _, coder = flops.ARCHITECTURES["DiT-XL/2-256"]
+    assert flops.encoder_flop(coder, 256) == pytest.approx(2 * 136.4e9, rel=1e-3)
+    assert flops.decoder_flop(coder, 256) == pytest.approx(2 * 311e9, rel=1e-3)
+    with torch.device("meta"):
+        vae = AutoencoderKL(**coder).eval()
+        assert counted(vae.encode, torch.zeros(1, 3, 256, 256)) == flops.encoder_flop(coder, 256)
+        assert counted(vae.decode, torch.zeros(1, 4, 32, 32)) == flops.decoder_flop(coder, 256)
+
+
+@pytest.mark.parametrize(("layers", "patch"), [(1, 1), (3, 2)])
+def test_a_fitted_dit(layers: int, patch: int) -> None:
+    fit = FitDiT(layers=layers, heads=2, head_dim=8, patch_size=patch)
+    with torch.device("meta"):
+        model, label = build_dit(fit, (3, 8, 8), 5).eval(), torch.zeros(1, dtype=torch.int64)
+        assert counted(model, torch.zeros(1, 3, 8, 8), label, label) == flops.dit_flop(flops.fitted_dit(fit, 8, 3, 5))
+
+
+@pytest.mark.parametrize("kind", [AutoencoderKL, VQModel])
+def test_a_fitted_autoencoder(kind: type) -> None:
+    fit = FitVAE(channels=(8, 16, 24), latent_channels=3, layers_per_block=2, codes=7)
+    config = flops.fitted_coder(fit, kind is VQModel)
+    with torch.device("meta"):
+        vae = (build_vq if kind is VQModel else build_vae)(fit, 16).eval()
+        assert counted(vae.encode, torch.zeros(1, 3, 16, 16)) == flops.encoder_flop(config, 16)
+        decoded = counted(vae.decode, torch.zeros(1, 3, 4, 4))
+    # Finding the nearest of the codes is a matrix product too.
+    assert decoded - flops.decoder_flop(config, 16) in ((0,) if kind is AutoencoderKL else (0, 2 * 16 * 3 * 7))
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet_ap10", "resnet18"])
+@pytest.mark.parametrize(("side", "width"), [(224, None), (96, 8), (33, 16)])
+def test_students(name: str, side: int, width: int | None) -> None:
+    with torch.device("meta"):
+        student = build(name, classes=10, resolution=side, width=width)
+        assert counted(student, torch.zeros(1, 3, side, side)) == flops.student_flop(name, width, side, 10)
+    if name == "convnet":
+        assert flops.convnet_parameters(width or 128, side, 10) == len(flatten(student))
+
+
+def test_an_unknown_shape_has_no_cost_and_no_name() -> None:
+    assert flops.dit_flop({"num_layers": 3}) is None
+    assert flops.encoder_flop({}, 256) is None and flops.decoder_flop({}, 256) is None
+    assert flops.network_name({}) is None and flops.coder_name({}) is None and flops.parameters({}) is None

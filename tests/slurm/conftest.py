@@ -1,0 +1,66 @@
+"""A SLURM cluster for the tests here, and places with images, a backbone and results from which runs are sent to it.
+
+Where the cluster cannot be started the tests are skipped, or fail if STILLHOUSE_SLURM=required.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import support
+import yaml
+from lab import Lab
+from places import CLASSES, Place, configuration, run_config, started
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test here."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slurm)
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    """A cluster without slurmdbd."""
+    yield from started(accounting=False)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``train`` and ``test`` with CLASSES."""
+    folder = tmp_path_factory.mktemp("pictures")
+    support.make_folder(folder / "train", CLASSES, 4)
+    support.make_folder(folder / "test", CLASSES, 2, offset=100)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, pictures: Path, tiny_backbone: Path) -> Path:
+    """The results of the run on one machine, in one shard."""
+    results = tmp_path_factory.mktemp("undisturbed") / "results"
+    support.run_jobs(run_config(configuration(pictures / "train", pictures / "test", tiny_backbone), results))
+    return results
+
+
+@pytest.fixture
+def place(tmp_path: Path, lab: Lab, pictures: Path, tiny_backbone: Path, undisturbed: Path) -> Iterator[Place]:
+    """A test's own place, in one shard."""
+    folder = tmp_path
+    for name in ("Snakefile", "config.yaml", "rules", "envs", "workflow_scripts", "slurm_profile"):
+        (folder / name).symlink_to(support.ROOT / name)
+    shutil.copytree(pictures, folder, dirs_exist_ok=True)
+    for name in ("hold", "poison", "began"):
+        (folder / "lab" / name).mkdir(parents=True)
+    run = configuration(Path("train"), Path("test"), tiny_backbone)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({"run": "tiny", "runs": {"tiny": run}}))
+    made = Place(folder, tiny_backbone, lab, undisturbed)
+    made.seconds(0.2)
+    yield made
+    made.release()
+    for controller in made.controllers:
+        if controller.process.poll() is None:
+            controller.process.kill()
+            controller.process.wait()
+    lab.cancel_all()

@@ -1,0 +1,82 @@
+"""A controller and a compact array as jobs of a real SLURM."""
+
+import json
+import subprocess
+
+import support
+from places import CLASSES, Place
+
+STAGES = ("encode", "cluster", "invert", "sample")
+ONCE = dict.fromkeys(CLASSES, 1)
+
+
+def named(place: Place, name: str, *states: str) -> list[str]:
+    """The jobs of a name in the queue."""
+    command = ["squeue", "--noheader", "--format=%i", f"--name={name}", f"--states={','.join(states)}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_a_controller_that_is_preempted_goes_on(place: Place) -> None:
+    """It is requeued while its child has a class in hand: the child goes on, and nothing is computed twice."""
+    place.hold("cat")
+    options = ["--slurm-no-account", "--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "5"]
+    said = place.stillhouse(
+        "submit", "--configfile", "tiny.yaml", "--yes", "--partition", "cpu", "--", *options, "--until", "encode"
+    )
+    assert said.returncode == 0, said.stderr
+    (number,) = named(place, "stillhouse-tiny", "PENDING", "RUNNING", "CONFIGURING")
+    assert f"SLURM job {number}" in said.stdout
+    log = place.results / "logs" / "submit" / "tiny" / number / f"{number}_0_log.out"
+
+    again = place.stillhouse("submit", "--configfile", "tiny.yaml", "--yes")
+    assert again.returncode == 1 and f"SLURM job {number}" in again.stderr
+
+    def seen() -> str:
+        return log.read_text() if log.exists() else ""
+
+    place.lab.wait(lambda: bool(place.began("cat")), "a worker has begun", 240)
+    status = json.loads(place.stillhouse("status", "--configfile", "tiny.yaml", "--json").stdout)
+    (worker,) = status["workers"]
+    assert worker["job"] and worker["in_hand"] == ["cat"]
+    assert [job["number"] for job in status["jobs"]] == [number]
+
+    subprocess.run(["scancel", "--signal=USR2", number], check=True)
+    place.lab.wait(lambda: bool(named(place, "stillhouse-tiny", "PENDING")), f"it is requeued: {seen()}", 120)
+    assert (place.folder / ".snakemake" / "locks").exists(), "killed, it left its lock behind"
+    place.lab.wait(lambda: hurry(place) and "its lock is removed" in seen(), "it has started again", 240)
+    place.release()
+    place.lab.wait(lambda: hurry(place) and not named(place, "stillhouse-tiny", "PENDING", "RUNNING"), "it ends", 300)
+    assert "exited with an error" not in seen() and "Traceback" not in seen(), seen()
+    place.expect_undisturbed("encode")
+    assert place.computed() == ONCE
+    assert not (place.folder / ".snakemake" / "locks").exists()
+    assert not (place.results / "logs" / "submit" / "tiny" / "controller.json").exists()
+
+
+def hurry(place: Place) -> bool:
+    """Let requeued jobs start at once."""
+    place.lab.hurry()
+    return True
+
+
+def test_scattered_classes_in_one_array(place: Place) -> None:
+    """Of six classes in six shards two change; two workers make them, and Snakemake finds the evaluation and the report."""
+    place.shards = 6
+    support.run_jobs(place.recipes().config)
+    for name in ("bee", "fox"):
+        support.draw(1, 50).save(place.folder / "train" / name / "new.png")
+    before = set(support.stored(place.results))
+    said = place.stillhouse(
+        "submit", "--configfile", "tiny.yaml", "--set", "shards=6", "--yes", "--compact", "--workers", "2"
+    )
+    assert said.returncode == 0, said.stderr
+    assert "8 missing results of 2 classes, which are in 8 jobs of snakemake, go to 2 workers" in said.stdout
+    place.lab.wait(lambda: not place.lab.jobs(), "the array ends", 400)
+    made = set(support.stored(place.results)) - before
+    assert support.tally(made) == {stage: {"bee": 1, "fox": 1} for stage in STAGES}
+    starts = place.events("start")
+    assert len({event["job"] for event in starts}) == 2, "two workers"
+    assert all(event["deadline"] is not None for event in starts), "which know when their time is up"
+    dry = place.run("--config", "shards=6", "-n").said
+    assert "evaluate" in dry and "report" in dry
+    assert not any(f"rule {stage}:" in dry for stage in (*STAGES, "export")), dry

@@ -251,7 +251,7 @@ def workers() -> dict[str, Callable[[Recipes, str], Mapping[str, Any]]]:
     """The function that does each stage's work."""
     from workflow_scripts import stages
 
-    names = ("fit_backbone", *CLASS_STAGES, "export", "evaluate", "measure", "report")
+    names = ("fit_backbone", *CLASS_STAGES, "export", "teacher", "relabel", "evaluate", "measure", "report")
     return {name: importlib.import_module(f"{stages.__name__}.{name}").work for name in names}
 
 

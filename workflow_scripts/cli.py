@@ -123,6 +123,18 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("--json", action="store_true", help="print JSON, with every option")
     methods.set_defaults(command=_methods)
 
+    protocols = commands.add_parser("protocols", help="the evaluation protocols, their papers and every value")
+    protocols.add_argument("names", nargs="*", metavar="NAME", help="show these alone")
+    protocols.add_argument("--json", action="store_true", help="print JSON")
+    protocols.set_defaults(command=_protocols)
+
+    ranking = commands.add_parser(
+        "dd-ranking", help="DD-Ranking's label-robust and augmentation-robust scores of a run"
+    )
+    ranking.add_argument("--last", action="store_true", help="of the last epoch, not of the best as DD-Ranking has it")
+    ranking.add_argument("--json", action="store_true", help="print JSON")
+    ranking.set_defaults(command=_dd_ranking)
+
     verify = commands.add_parser(
         "verify", help="re-read what a run has stored; set damaged results aside, to be made again"
     )
@@ -186,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     lock.set_defaults(command=_lock_recipes)
 
-    for command in (plan, bench, status, submit, methods, verify, again, examine, collect, export):
+    for command in (plan, bench, status, submit, methods, protocols, ranking, verify, again, examine, collect, export):
         add_config_arguments(command)
     return parser
 
@@ -409,6 +421,20 @@ def _methods(arguments: argparse.Namespace) -> int:
     from workflow_scripts.operations.methods import methods
 
     methods(read_config(arguments), arguments.names, options=arguments.options, as_json=arguments.json)
+    return 0
+
+
+def _protocols(arguments: argparse.Namespace) -> int:
+    from workflow_scripts.operations.protocols import protocols
+
+    protocols(read_config(arguments), arguments.names, as_json=arguments.json)
+    return 0
+
+
+def _dd_ranking(arguments: argparse.Namespace) -> int:
+    from workflow_scripts.operations.dd_ranking import dd_ranking
+
+    dd_ranking(_recipes(arguments), last=arguments.last, as_json=arguments.json)
     return 0
 
 

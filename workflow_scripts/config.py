@@ -18,6 +18,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from workflow_scripts.data.imagenet import subset_classes, subset_names
 from workflow_scripts.errors import ConfigError
+from workflow_scripts.evaluation.protocols import (
+    PROTOCOLS,
+    STUDENTS,
+    ArchitectureName,
+    Decay,
+    Dtype,
+    Optimizer,
+    Protocol,
+    Quirk,
+    Schedule,
+    TrainSize,
+)
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -676,36 +688,144 @@ class MatchingMethod(Strict):
 Method = Annotated[CoresetMethod | DiffusionMethod | MatchingMethod, Field(discriminator="kind")]
 
 
+AreaRange = tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]]
+
+
 class Architecture(Strict):
     """A classifier that is trained on the distilled set."""
 
-    name: Literal["convnet", "resnet_ap10", "resnet18"]
+    name: ArchitectureName = Field(
+        description="convnet, resnet_ap10 and resnet18 have instance norm (hard labels), glad_* are GLaD's, convnet_bn is "
+        "RDED's, the others torchvision's"
+    )
     width: PositiveInt | None = Field(None, description="channels of the first stage; default: the published width")
 
+    @model_validator(mode="after")
+    def _width(self) -> Architecture:
+        if self.width is not None and STUDENTS[self.name].width is None:
+            raise ValueError(f"width: {self.name} has one width only")
+        return self
 
-class Evaluation(Strict):
-    """The hard-label protocol; everything left unset takes the protocol's published value."""
 
-    protocol: Literal["hard-sgd", "hard-adamw"] = "hard-sgd"
-    architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)]
-    repeats: PositiveInt = Field(1, description="trainings per distilled set")
-    resolution: PositiveInt = Field(224, description="side in pixels at which classifiers see images")
-    resample: Literal["bilinear", "bicubic"] = Field("bilinear", description="how images are scaled to that resolution")
-    epochs: PositiveInt | dict[int, PositiveInt] | None = Field(
-        None, description="one number, or one per IPC; default: the published rule"
-    )
-    batch_size: PositiveInt | None = None
-    learning_rate: PositiveFloat | None = None
-    weight_decay: NonNegativeFloat | None = None
-    evaluations: PositiveInt = Field(100, description="how often the test accuracy is measured during a training")
-    crop_scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = Field(
-        (0.5, 1.0), description="area range of RandomResizedCrop"
-    )
+class FitTeacher(Strict):
+    """A training of the teacher on the run's real training images: SGD, cosine to 0, random crops."""
+
+    epochs: PositiveInt = 100
+    batch_size: PositiveInt = 128
+    learning_rate: PositiveFloat = 0.05
+    weight_decay: NonNegativeFloat = 5e-4
+    crop_scale: AreaRange = (0.25, 1.0)
     flip: bool = True
-    jitter: Fraction = 0.4
-    lighting: NonNegativeFloat = 0.1
-    cutmix: Fraction = Field(1.0, description="chance of CutMix per batch")
+    dtype: Dtype = "float32"
+    seed: NonNegativeInt = 0
+
+
+class Teacher(Strict):
+    """The network whose opinions are soft labels."""
+
+    architecture: Architecture = Architecture(name="resnet18_bn")
+    weights: Path | None = Field(
+        None, description="file of its weights (.pth, .pt or .safetensors), as torchvision or this project writes them"
+    )
+    classes: Path | None = Field(
+        None,
+        description="JSON list of what its outputs stand for; default: the run's classes, or, for 1000 outputs, ImageNet's",
+    )
+    fit: FitTeacher | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Teacher:
+        if (self.weights is None) == (self.fit is None):
+            raise ValueError("give either weights (a file) or fit (train one on this run's images)")
+        return self
+
+
+class ProtocolSettings(Strict):
+    """What overrides a protocol's published values; what is left unset keeps them. See `stillhouse protocols`."""
+
+    architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)] | None = None
+    repeats: PositiveInt | None = Field(None, description="trainings per distilled set")
+    resolution: PositiveInt | None = Field(None, description="side in pixels at which classifiers see images")
+    epochs: PositiveInt | dict[int, PositiveInt] | None = Field(None, description="one number, or one per IPC")
+    batch_size: PositiveInt | None = None
+    optimizer: Optimizer | None = None
+    learning_rate: PositiveFloat | None = None
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    weight_decay: NonNegativeFloat | None = None
+    decay: Decay | None = Field(None, description="all parameters decay, or only matrices (of more than one dimension)")
+    schedule: Schedule | None = Field(
+        None, description="of the learning rate; half-cosine ends at one half, warmup-cosine rises over half the epochs"
+    )
+    milestones: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = Field(
+        None, description="of schedule step: fractions of the epochs"
+    )
+    gamma: PositiveFloat | None = Field(None, description="of schedule step: factor at each milestone")
+    ema: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="decay of averaged weights; 0: the last ones"
+    )
+    train_size: TrainSize | None = Field(None, description="size of images before the random crop")
+    patches: PositiveInt | None = Field(None, description="tiles per side that are shuffled; 1: none")
+    crop_scale: AreaRange | None = Field(None, description="area range of RandomResizedCrop; [1, 1]: all of the image")
+    flip: bool | None = None
+    jitter: Fraction | None = Field(None, description="strength of brightness, contrast and saturation")
+    lighting: NonNegativeFloat | None = Field(None, description="strength of PCA lighting")
+    dsa: tuple[DSAOperation, ...] | None = Field(None, description="one of these augmentations per batch")
+    cutmix: Fraction | None = Field(None, description="chance of CutMix per batch")
+    mixup: Fraction | None = Field(None, description="chance of MixUp per batch")
+    mix_alpha: PositiveFloat | None = Field(None, description="parameter of their Beta distribution")
+    temperature: PositiveFloat | None = None
+    test_resize: Annotated[float, Field(ge=1)] | None = Field(
+        None, description="short side of a test image before the centre crop, in units of the resolution"
+    )
+    evaluations: PositiveInt | None = Field(
+        None, description="how often the test accuracy would be measured in all epochs"
+    )
+    test_from: Fraction | None = Field(None, description="share of the epochs before it is first measured")
+    dtype: Dtype | None = None
+    published_quirks: tuple[Quirk, ...] | None = Field(
+        None,
+        description="double-batchnorm: a second forward pass per step moves the running statistics twice, as published",
+    )
+    teacher: Teacher | None = None
+    label_seed: NonNegativeInt | None = Field(None, description="of stored labels; default 42, as published")
+
+    @model_validator(mode="after")
+    def _range(self) -> ProtocolSettings:
+        if self.crop_scale is not None and self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError(f"crop_scale: got {list(self.crop_scale)}; the smaller area comes first")
+        return self
+
+
+class OneProtocol(ProtocolSettings):
+    """What overrides one protocol."""
+
+    preset: Name | None = Field(
+        None, description="the protocol that this is a variant of, if its name is not a protocol's"
+    )
+
+
+class DDRanking(Strict):
+    """Which of the run's protocols DD-Ranking's scores are made from (`stillhouse dd-ranking`)."""
+
+    hard: Name = Field(description="protocol with hard labels")
+    own: Name = Field(description="protocol with the method's own labels and augmentation")
+    plain: Name | None = Field(None, description="the same without augmentation; without it there is no ARS")
+    real: dict[ArchitectureName, Annotated[float, Field(ge=0, le=100)]] = Field(
+        description="top-1 in percent with hard labels on the full real set, by student: HLR is measured against it"
+    )
+    baseline: Name = Field("random", description="compared method that draws real images at random")
+
+
+class Evaluation(ProtocolSettings):
+    """The protocols by which sets are judged. Values set here are for all of them; those in ``settings`` win for one."""
+
+    protocols: Annotated[tuple[Name, ...], Field(min_length=1)] = Field(
+        ("hard-sgd",), description="names of protocols, or of variants in settings"
+    )
+    settings: dict[Name, OneProtocol] = Field({}, description="values for one protocol each, by its name")
+    resample: Literal["bilinear", "bicubic"] = Field("bilinear", description="how images are scaled to the resolution")
     trainings_per_job: PositiveInt = 1
+    dd_ranking: DDRanking | None = None
     set_metrics: bool = Field(True, description="measure each distilled set against the real images, without training")
     inception: Path | None = Field(
         None,
@@ -714,10 +834,40 @@ class Evaluation(Strict):
     )
 
     @model_validator(mode="after")
-    def _range(self) -> Evaluation:
-        if self.crop_scale[0] > self.crop_scale[1]:
-            raise ValueError(f"crop_scale: got {list(self.crop_scale)}; the smaller area comes first")
+    def _known(self) -> Evaluation:
+        for name in dict.fromkeys((*self.protocols, *self.settings)):
+            own = self.settings.get(name)
+            wanted = name if own is None or own.preset is None else own.preset
+            if wanted not in PROTOCOLS:
+                raise ValueError(
+                    f"there is no protocol named {wanted!r}; {one_of(wanted, PROTOCOLS)}, or a variant of one "
+                    "(settings: NAME: preset: PROTOCOL)"
+                )
+        if len(set(self.protocols)) != len(self.protocols):
+            raise ValueError(f"protocols holds a value twice: {list(self.protocols)}")
+        ranking = self.dd_ranking
+        for ranked in (ranking.hard, ranking.own, ranking.plain) if ranking is not None else ():
+            if ranked is not None and ranked not in self.protocols:
+                raise ValueError(
+                    f"dd_ranking names {ranked!r}, which is none of protocols: {', '.join(self.protocols)}"
+                )
+        for name in self.protocols:
+            if self.preset(name).values["target"] != "hard" and self.value(name, "teacher") is None:
+                raise ValueError(
+                    f"protocol {name} needs a teacher: set teacher.weights to a file, or teacher.fit to {{}} to train one "
+                    f"on this run's images (in evaluation, or for this protocol in evaluation.settings.{name})"
+                )
         return self
+
+    def preset(self, protocol: str) -> Protocol:
+        """Return the published protocol that a name stands for."""
+        own = self.settings.get(protocol)
+        return PROTOCOLS[protocol if own is None or own.preset is None else own.preset]
+
+    def value(self, protocol: str, key: str) -> Any:
+        """Return what is set for a protocol, or None."""
+        own = getattr(self.settings.get(protocol), key, None)
+        return getattr(self, key) if own is None else own
 
 
 class Compute(Strict):
@@ -730,6 +880,10 @@ class Compute(Strict):
     invert_batch: PositiveInt = 128
     sample_batch: PositiveInt = 128
     workers: PositiveInt = Field(4, description="threads that decode images")
+    students_at_once: PositiveInt | None = Field(
+        None,
+        description="trainings of small networks that share a step; changes results by rounding only; default: 8 on a GPU",
+    )
     gpu: str | None = Field(
         None,
         description="what plan counts hours of, such as h100; default: the device that stillhouse bench measured last",
@@ -805,9 +959,15 @@ class RunConfig(Strict):
         for what, values in (("compare", self.compare), ("ipc", self.ipc), ("seeds", self.seeds)):
             if len(set(values)) != len(values):
                 raise ValueError(f"{what} holds a value twice: {list(values)}")
-        epochs = self.evaluation.epochs
-        if isinstance(epochs, dict) and (unset := [ipc for ipc in self.ipc if ipc not in epochs]):
-            raise ValueError(f"evaluation.epochs has no entry for IPC {unset}; it has {sorted(epochs)}")
+        ranking = self.evaluation.dd_ranking
+        if ranking is not None and ranking.baseline not in self.compare:
+            raise ValueError(
+                f"evaluation.dd_ranking.baseline: {ranking.baseline!r} is none of compare: {', '.join(self.compare)}"
+            )
+        for name in self.evaluation.protocols:
+            epochs = self.evaluation.value(name, "epochs")
+            if isinstance(epochs, dict) and (unset := [ipc for ipc in self.ipc if ipc not in epochs]):
+                raise ValueError(f"evaluation.epochs has no entry for IPC {unset}; it has {sorted(epochs)} ({name})")
         trees = [
             n
             for n in self.compare

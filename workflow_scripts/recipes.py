@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial, wraps
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,13 +24,14 @@ from workflow_scripts.config import (
     PrototypeStart,
     RunConfig,
     SoftLabelSchedule,
+    Teacher,
     TransportTerm,
 )
 from workflow_scripts.data.catalog import Catalog, Look
 from workflow_scripts.diffusion.checkpoint import TIMESTEPS, Checkpoint, open_checkpoint
 from workflow_scripts.diffusion.schedule import offset_timesteps, spaced_timesteps
 from workflow_scripts.errors import ConfigError, DataError
-from workflow_scripts.evaluation.protocols import Recipe, hard_label_settings, published_epochs
+from workflow_scripts.evaluation.protocols import RECIPE_FIELDS, STUDENTS, Case, Recipe
 from workflow_scripts.store.digests import PREFIX, digest, file_digests
 from workflow_scripts.store.results import Result, Store
 
@@ -45,15 +46,32 @@ RECIPES = {
     "sample": 1,
     "match": 1,
     "export": 1,
-    "evaluate": 1,
+    "teacher": 1,
+    "relabel": 1,
+    "evaluate": 2,
     "measure": 1,
     "report": 2,
 }
-PROTOCOLS = {"hard-sgd": partial(hard_label_settings, "sgd"), "hard-adamw": partial(hard_label_settings, "adamw")}
 CLASS_STAGES = ("encode", "features", "cluster", "invert", "experts", "sample", "match")
-GPU_STAGES = (  # those that use a GPU
-    *("fit_backbone", "encode", "features", "invert", "experts", "sample", "match", "evaluate", "measure"),
+GPU_STAGES = (
+    "fit_backbone",
+    "encode",
+    "features",
+    "invert",
+    "experts",
+    "sample",
+    "match",
+    "teacher",
+    "relabel",
+    "evaluate",
+    "measure",
+)  # those that use a GPU
+# Of a training, what stored soft labels depend on.
+_LABELLED = (
+    *("resolution", "classes", "epochs", "batch_size", "train_size", "patches", "crop_scale", "flip", "jitter"),
+    *("lighting", "dsa", "cutmix", "mixup", "mix_alpha", "dtype"),
 )
+LABEL_SEED = 42
 # What of a matching method changes how long it takes, or is in the digests of its experts.
 _MATTERS_OF_SPEED: dict[str, Any] = {
     **dict.fromkeys(("summary", "paper", "chunk", "checkpointing", "checkpoint_every", "experts_per_job"), True),
@@ -77,12 +95,27 @@ class Training:
     set: SampleSet
     architecture: Architecture
     repeat: int
+    protocol: str
 
     @property
     def name(self) -> str:
         """What it is called for people."""
         made = self.set
-        return f"{made.method} IPC {made.ipc} seed {made.seed} {self.architecture.name} repeat {self.repeat}"
+        cell = f"{made.method} IPC {made.ipc} seed {made.seed}"
+        return f"{cell} {self.protocol} {self.architecture.name} repeat {self.repeat}"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The soft labels of one exported set that a protocol stores."""
+
+    set: SampleSet
+    protocol: str
+
+    @property
+    def job(self) -> str:
+        """Name of the job that makes them."""
+        return f"{self.set.method}-ipc{self.set.ipc}-seed{self.set.seed}-{self.protocol}"
 
 
 @dataclass(frozen=True)
@@ -109,25 +142,36 @@ class Job:
         return f"manifests/{self.stage}/{self.shard}.{self.digest[:PREFIX]}.json"
 
 
-def student_recipe(config: RunConfig, architecture: Architecture, classes: int, epochs: int, seed: int) -> Recipe:
-    """Return the recipe of a run's trainings of an architecture."""
-    settings = config.evaluation
-    own = {key: getattr(settings, key) for key in ("batch_size", "learning_rate", "weight_decay")}
+def protocol_values(config: RunConfig, protocol: str, architecture: str, ipc: int, classes: int) -> dict[str, Any]:
+    """Return a protocol's values for a student at an IPC: the published ones, overlaid by what is configured."""
+    evaluation = config.evaluation
+    values = evaluation.preset(protocol).at(Case(architecture, ipc, classes))
+    for key in values:
+        configured = evaluation.value(protocol, key) if key != "target" else None
+        if isinstance(configured, dict):
+            configured = configured[ipc]
+        values[key] = values[key] if configured is None else configured
+    return values
+
+
+def student_recipe(
+    config: RunConfig, protocol: str, architecture: Architecture, classes: int, ipc: int, seed: int
+) -> Recipe:
+    """Return the recipe of a run's trainings of an architecture by a protocol."""
+    values = protocol_values(config, protocol, architecture.name, ipc, classes)
     return Recipe(
         architecture=architecture.name,
         width=architecture.width,
-        resolution=settings.resolution,
         classes=classes,
-        epochs=epochs,
-        evaluations=settings.evaluations,
-        crop_scale=settings.crop_scale,
-        flip=settings.flip,
-        jitter=(settings.jitter,) * 3,
-        lighting=settings.lighting,
-        cutmix_probability=settings.cutmix,
         seed=seed,
-        **{**PROTOCOLS[settings.protocol](classes), **{k: v for k, v in own.items() if v is not None}},
+        **{key: value for key, value in values.items() if key in RECIPE_FIELDS},
     )
+
+
+def students_of(config: RunConfig, protocol: str) -> tuple[Architecture, ...]:
+    """Return a protocol's students: configured, or the published ones."""
+    chosen: tuple[Architecture, ...] | None = config.evaluation.value(protocol, "architectures")
+    return chosen or tuple(Architecture(name=name) for name in config.evaluation.preset(protocol).architectures)
 
 
 def digest_of_set(images: Mapping[str, str]) -> str:
@@ -499,37 +543,48 @@ class Recipes:
         name = f"{wanted.method}-ipc{wanted.ipc}-seed{wanted.seed}.{self.set_digest(wanted)[:PREFIX]}"
         return self.config.results / "datasets" / name
 
-    def epochs(self, ipc: int) -> int:
-        """Return the training epochs at an IPC: configured, or the published rule."""
-        configured = self.config.evaluation.epochs
-        if configured is None:
-            return published_epochs(ipc, len(self.classes))
-        return configured if isinstance(configured, int) else configured[ipc]
+    def architectures(self, protocol: str) -> tuple[Architecture, ...]:
+        """Return a protocol's students."""
+        return students_of(self.config, protocol)
 
+    @remembered
+    def protocol_values(self, protocol: str, architecture: str, ipc: int) -> dict[str, Any]:
+        """Return a protocol's values for a student at an IPC."""
+        return protocol_values(self.config, protocol, architecture, ipc, len(self.classes))
+
+    @remembered
     def trainings(self, method: str, ipc: int) -> list[Training]:
-        """Return the trainings of one cell of the leaderboard, cheapest architectures first as configured."""
+        """Return the trainings of one method at one IPC: by protocol, then by architecture as configured."""
         return [
-            Training(SampleSet(method, ipc, seed), architecture, repeat)
-            for architecture in self.config.evaluation.architectures
+            Training(SampleSet(method, ipc, seed), architecture, repeat, protocol)
+            for protocol in self.config.evaluation.protocols
+            for architecture in self.architectures(protocol)
             for seed in self.config.seeds
-            for repeat in range(self.config.evaluation.repeats)
+            for repeat in range(self.protocol_values(protocol, architecture.name, ipc)["repeats"])
         ]
 
     def student(self, training: Training) -> Recipe:
-        """Return the training's recipe: the protocol's published values, overlaid by what is configured."""
+        """Return the training's recipe."""
         seed = 1000 * training.set.seed + training.repeat
-        epochs = self.epochs(training.set.ipc)
-        return student_recipe(self.config, training.architecture, len(self.classes), epochs, seed)
+        classes, ipc = len(self.classes), training.set.ipc
+        return student_recipe(self.config, training.protocol, training.architecture, classes, ipc, seed)
 
     def training_recipe(self, training: Training) -> dict[str, Any]:
         """Return everything that determines a training."""
+        student = self.student(training)
+        soft: dict[str, Any] = {}
+        if student.target == "teacher":
+            soft = {"teacher": self.teacher_digest(training.protocol)}
+        elif student.target == "stored":
+            soft = {"labels": self.labels_digest(Labels(training.set, training.protocol))}
         return {
             "stage": "evaluate",
             "recipe": RECIPES["evaluate"],
             "set": self.set_digest(training.set),
             "test": self._test_fingerprint,
             "test_crop": [self.config.evaluation.resample, self.config.dataset.on_bad_image],
-            "student": asdict(self.student(training)),
+            "student": asdict(student),
+            **soft,
         }
 
     def training_path(self, training: Training) -> Path:
@@ -558,6 +613,120 @@ class Recipes:
     @cached_property
     def _real_features(self) -> str:
         return digest([[name, self.real_features(name).digest] for name in self.classes])
+
+    # ---------------------------------------------------------------- teachers and stored labels
+
+    def teacher(self, protocol: str) -> Teacher:
+        """Return the teacher that a protocol is configured with."""
+        teacher: Teacher = self.config.evaluation.value(protocol, "teacher")
+        return teacher
+
+    def _example(self, protocol: str, ipc: int) -> Recipe:
+        """Return the recipe of a protocol's first student, for what all of them share."""
+        method, seed = self.config.compare[0], self.config.seeds[0]
+        return self.student(Training(SampleSet(method, ipc, seed), self.architectures(protocol)[0], 0, protocol))
+
+    @remembered
+    def teacher_digest(self, protocol: str) -> str:
+        """Return what identifies a protocol's teacher: its weights, or the training that makes them, and its classes.
+
+        Raises:
+            ConfigError: there is no such file.
+        """
+        teacher = self.teacher(protocol)
+        identity: dict[str, Any] = {"architecture": teacher.architecture.model_dump(mode="json")}
+        for part, path in (("weights", teacher.weights), ("outputs", teacher.classes)):
+            if path is None:
+                continue
+            if not path.is_file():
+                raise ConfigError(
+                    f"evaluation ({protocol}), teacher: there is no file {path}. Weights are fetched by you, never by a job; "
+                    "torchvision's are listed at https://docs.pytorch.org/vision/stable/models.html"
+                )
+            identity[part] = file_digests([path], self.config.results / "cache")[0]
+        if teacher.fit is not None:
+            identity |= {
+                "stage": "teacher",
+                "recipe": RECIPES["teacher"],
+                "images": self._train_fingerprint,
+                "crop": [self.config.evaluation.resample, self.config.dataset.on_bad_image],
+                "resolution": self._example(protocol, self.config.ipc[0]).resolution,
+                "fit": teacher.fit.model_dump(mode="json"),
+            }
+        return digest([identity, self.classes])
+
+    @remembered
+    def teacher_check(self, protocol: str) -> dict[str, Any]:
+        """Return everything that determines how good a teacher is found to be on the real test images."""
+        example = self._example(protocol, self.config.ipc[0])
+        return {
+            "stage": "teacher",
+            "recipe": RECIPES["teacher"],
+            "teacher": self.teacher_digest(protocol),
+            "test": self._test_fingerprint,
+            "test_crop": [self.config.evaluation.resample, self.config.dataset.on_bad_image],
+            "resolution": example.resolution,
+            "test_resize": example.test_resize,
+            "dtype": example.dtype,
+        }
+
+    def teacher_record(self, protocol: str) -> Path:
+        """Return the file that says how good a protocol's teacher is."""
+        return self.store.root / "teachers" / f"{digest(self.teacher_check(protocol))[:PREFIX]}.json"
+
+    def teacher_weights(self, protocol: str) -> Path:
+        """Return the file of a teacher's weights: the user's, or the one that the stage ``teacher`` makes."""
+        given = self.teacher(protocol).weights
+        return given or self.store.root / "teachers" / f"{self.teacher_digest(protocol)[:PREFIX]}.safetensors"
+
+    def teacher_job(self, protocol: str) -> str:
+        """Return the job that makes and checks a teacher, called after the first protocol that has the same one."""
+        record = self.teacher_record(protocol)
+        return next(name for name in self.soft_protocols if self.teacher_record(name) == record)
+
+    @cached_property
+    def soft_protocols(self) -> list[str]:
+        """The run's protocols with a teacher."""
+        evaluation = self.config.evaluation
+        return [name for name in evaluation.protocols if evaluation.preset(name).values["target"] != "hard"]
+
+    @cached_property
+    def labels(self) -> dict[str, Labels]:
+        """The soft labels that are stored, by the name of their job."""
+        evaluation = self.config.evaluation
+        stored = [name for name in evaluation.protocols if evaluation.preset(name).values["target"] == "stored"]
+        wanted = [
+            Labels(made, protocol)
+            for method in self.config.compare
+            for made in self.sets(method)
+            for protocol in stored
+        ]
+        return {labels.job: labels for labels in wanted}
+
+    def label_recipe(self, labels: Labels) -> Recipe:
+        """Return the recipe by whose draws the images of stored labels are augmented and mixed."""
+        seed = self.config.evaluation.value(labels.protocol, "label_seed")
+        return replace(self._example(labels.protocol, labels.set.ipc), seed=LABEL_SEED if seed is None else seed)
+
+    @remembered
+    def labels_digest(self, labels: Labels) -> str:
+        """Return the digest of stored labels."""
+        recipe = self.label_recipe(labels)
+        return digest(
+            {
+                "stage": "relabel",
+                "recipe": RECIPES["relabel"],
+                "set": self.set_digest(labels.set),
+                "crop": self.config.evaluation.resample,
+                "teacher": self.teacher_digest(labels.protocol),
+                "seed": recipe.seed,
+                **{key: getattr(recipe, key) for key in _LABELLED},
+            }
+        )
+
+    def labels_path(self, labels: Labels) -> Path:
+        """Return the Zarr group of stored labels."""
+        return self.store.root / "labels" / f"{self.labels_digest(labels)[:PREFIX]}.zarr"
 
     @cached_property
     def _test_fingerprint(self) -> str:
@@ -615,6 +784,8 @@ class Recipes:
             "features": self.shards if self.config.evaluation.inception is not None else [],
             "export": list(self.config.compare),
             "measure": list(self.config.compare) if self.config.evaluation.set_metrics else [],
+            "teacher": list(dict.fromkeys(map(self.teacher_job, self.soft_protocols))),
+            "relabel": list(self.labels),
             "evaluate": [shard for cell in cells for shard in self._evaluate_shards(*cell)],
             "report": ["report"],
         }.get(stage, self.shards)
@@ -679,12 +850,28 @@ class Recipes:
                 len(sets) * len(self.classes),
                 [*self._set_jobs(shard), *((real, number) for number in self.shards)],
             )
+        if stage == "teacher":
+            return self.teacher_check(shard), 1, []
+        if stage == "relabel":
+            labels = self.labels[shard]
+            teacher = ("teacher", self.teacher_job(labels.protocol))
+            return (
+                self.labels_digest(labels),
+                self.label_recipe(labels).epochs,
+                [("export", labels.set.method), teacher],
+            )
         if stage == "evaluate":
             trainings = self.trainings_of(shard)
+            needs = [("export", trainings[0].set.method)]
+            for training in trainings:
+                if (labels := Labels(training.set, training.protocol)).job in self.labels:
+                    needs.append(("relabel", labels.job))
+                elif training.protocol in self.soft_protocols:
+                    needs.append(("teacher", self.teacher_job(training.protocol)))
             return (
                 [self.training_recipe(training) for training in trainings],
                 len(trainings),
-                [("export", trainings[0].set.method)],
+                list(dict.fromkeys(needs)),
             )
         cells = [(method, ipc) for method in self.config.compare for ipc in self.config.ipc]
         recipes = [digest(self.training_recipe(training)) for cell in cells for training in self.trainings(*cell)]
@@ -759,6 +946,7 @@ class Recipes:
                     offset_timesteps(self.backbone.timesteps, method.chain.steps)
                 except ValueError as error:
                     raise ConfigError(f"methods.{name}.chain: {error}") from None
+        self._check_students()
         self._check_pools()
         if self.config.backbone.finetune is not None:
             self._check_finetune()
@@ -776,6 +964,29 @@ class Recipes:
                     f"class {name}: has {count} training images, fewer than the {most} that {needing} needs at IPC "
                     f"{max(self.config.ipc)}. Add images, leave the class out with dataset.classes, or lower ipc."
                 )
+
+    def _check_students(self) -> None:
+        """Refuse values of the protocols that do not fit together."""
+        for protocol in self.config.evaluation.protocols:
+            for ipc in self.config.ipc:
+                for architecture in self.architectures(protocol):
+                    try:
+                        recipe = self.student(
+                            Training(SampleSet(self.config.compare[0], ipc, 0), architecture, 0, protocol)
+                        )
+                    except ValueError as error:
+                        raise ConfigError(f"evaluation ({protocol}, {architecture.name}): {error}") from None
+                    student = STUDENTS[architecture.name]
+                    if recipe.resolution < student.smallest:
+                        raise ConfigError(
+                            f"evaluation ({protocol}): {architecture.name} takes {student.smallest} pixels at least, not "
+                            f"resolution {recipe.resolution}"
+                        )
+                    side = self.config.dataset.resolution if recipe.train_size == "native" else recipe.resolution
+                    if side % recipe.patches:
+                        raise ConfigError(
+                            f"evaluation ({protocol}): patches {recipe.patches} do not divide images of {side} pixels"
+                        )
 
     def _check_finetune(self) -> None:
         """Refuse to fine-tune what is not a DiT in diffusers format."""

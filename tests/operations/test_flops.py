@@ -77,3 +77,12 @@ def test_an_unknown_shape_has_no_cost_and_no_name() -> None:
     assert flops.dit_flop({"num_layers": 3}) is None
     assert flops.encoder_flop({}, 256) is None and flops.decoder_flop({}, 256) is None
     assert flops.network_name({}) is None and flops.coder_name({}) is None and flops.parameters({}) is None
+
+
+@pytest.mark.parametrize("name", flops.GMACS_AT_224)
+def test_other_students_are_reckoned_from_a_table(name: str) -> None:
+    with torch.device("meta"):
+        student = build(name, classes=1000, resolution=224)
+        assert flops.student_flop(name, None, 224, 1000) == pytest.approx(
+            counted(student, torch.zeros(1, 3, 224, 224)), rel=0.1
+        )

@@ -1,22 +1,21 @@
-"""Student classifiers of the hard-label protocol: ConvNet, ResNetAP-10 and ResNet-18, all in instance norm.
+"""Classifiers of the published protocols: students, and teachers.
 
-The shapes are those of the Minimax/IDC hard-label protocol; at 224 px and default width a forward pass costs
-2.64, 1.82 and 1.81 GMAC. Inputs are normalised images (N, 3, H, W) with H = W = ``resolution``, outputs are
-logits (N, classes).
+ConvNet, ResNetAP-10 and ResNet-18 in instance norm are those of the hard-label protocol (Minimax/IDC); at 224 px and
+default width a forward pass costs 2.64, 1.82 and 1.81 GMAC. Those of the soft-label protocols are torchvision's, except
+that a ResNet at 64 px and less has RDED's small stem; ``glad_*`` are those of GLaD's cross-architecture protocol. Inputs
+are normalised images (N, 3, H, W) with H = W = ``resolution``, outputs are logits (N, classes).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from workflow_scripts.evaluation.protocols import PUBLISHED_WIDTHS, convnet_depth
+from workflow_scripts.evaluation.protocols import STUDENTS, ArchitectureName, Student, convnet_depth
 
-SMALLEST_RESOLUTION = 16
-"""Below this, the last ResNet stage has a single pixel, on which instance norm is undefined."""
+Norm = Callable[[int], nn.Module]
 
 
 def instance_norm(channels: int) -> nn.GroupNorm:
@@ -39,8 +38,8 @@ class HalvingPool(nn.Module):
         return (rows[..., 0:width:2] + rows[..., 1:width:2]) * 0.25
 
 
-def convnet(classes: int, resolution: int, width: int) -> nn.Sequential:
-    """Build the ConvNet: blocks of 3x3 convolution, instance norm, ReLU and 2x2 average pooling, then one linear layer.
+def convnet(classes: int, resolution: int, width: int, norm: Norm = instance_norm) -> nn.Sequential:
+    """Build the ConvNet: blocks of 3x3 convolution, norm, ReLU and 2x2 average pooling, then one linear layer.
 
     All blocks have ``width`` channels; weights keep PyTorch's default initialisation.
     """
@@ -48,7 +47,7 @@ def convnet(classes: int, resolution: int, width: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for channels in [3] + [width] * (depth - 1):
         conv = nn.Conv2d(channels, width, 3, padding=1)
-        layers += [conv, instance_norm(width), nn.ReLU(inplace=True), HalvingPool()]
+        layers += [conv, norm(width), nn.ReLU(inplace=True), HalvingPool()]
     side = resolution >> depth
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * side * side, classes))
 
@@ -143,49 +142,178 @@ def resnet18(classes: int, resolution: int, width: int) -> nn.Sequential:
     return _residual(stem, _strided_stage, 2, classes, width)
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """A student: how it is built from (classes, resolution, width), its name in print and its published width."""
-
-    build: Callable[[int, int, int], nn.Module]
-    title: str
-    width: int
+def convnet_bn(classes: int, resolution: int, width: int) -> nn.Sequential:
+    """Build the ConvNet in batch norm, RDED's teacher and student for small images."""
+    return convnet(classes, resolution, width, nn.BatchNorm2d)
 
 
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+# ---------------------------------------------------------------- torchvision
+
+
+def _torchvision(name: str) -> Callable[[int, int, int], nn.Module]:
+    def build(classes: int, resolution: int, width: int) -> nn.Module:
+        from torchvision import models
+
+        network: nn.Module = getattr(models, name)(num_classes=classes)
+        if name.startswith("resnet") and resolution <= 64:
+            network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+            network.maxpool = nn.Identity()
+        return network
+
+    return build
+
+
+def deit_ti(classes: int, resolution: int, width: int) -> nn.Module:
+    """Build DeiT-Ti (Touvron et al. 2021): ViT of 12 layers, 3 heads and 192 channels on patches of 16 pixels."""
+    from torchvision.models import VisionTransformer
+
+    network: nn.Module = VisionTransformer(resolution, 16, 12, 3, 192, 768, num_classes=classes)
+    return network
+
+
+# ---------------------------------------------------------------- GLaD's pool
+
+
+def _conv_relu(inputs: int, channels: int, kernel: int = 3, norm: Norm | None = None) -> list[nn.Module]:
+    conv = nn.Conv2d(inputs, channels, kernel, padding=kernel // 2)
+    return [conv, *([] if norm is None else [norm(channels)]), nn.ReLU(inplace=True)]
+
+
+def glad_alexnet(classes: int, resolution: int, width: int) -> nn.Sequential:
+    """Build GLaD's AlexNet: five convolutions of stride 1 without norm, three max-poolings, one linear layer."""
+    return nn.Sequential(
+        *_conv_relu(3, 128, 5),
+        nn.MaxPool2d(2),
+        *_conv_relu(128, 192, 5),
+        nn.MaxPool2d(2),
+        *_conv_relu(192, 256),
+        *_conv_relu(256, 192),
+        *_conv_relu(192, 192),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(192 * (resolution // 8) ** 2, classes),
+    )
+
+
+def glad_vgg11(classes: int, resolution: int, width: int) -> nn.Sequential:
+    """Build GLaD's VGG-11: instance norm, five max-poolings, an adaptive one to 7x7 and one linear layer."""
+    layers: list[nn.Module] = []
+    inputs = 3
+    for stage in ((64,), (128,), (256, 256), (512, 512), (512, 512)):
+        for channels in stage:
+            layers += _conv_relu(inputs, channels, norm=instance_norm)
+            inputs = channels
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(7), nn.Flatten(), nn.Linear(512 * 49, classes))
+
+
+def glad_resnet18(classes: int, resolution: int, width: int) -> nn.Sequential:
+    """Build GLaD's ResNet-18: instance norm, and a 3x3 stem of stride 1 without max-pooling at any resolution."""
+    return _residual(_stem(width, kernel=3, stride=1, pool=None), _strided_stage, 2, classes, width)
+
+
+class PlainViT(nn.Module):
+    """GLaD's ViT: patches of 16 pixels, a class token, ten layers of attention and MLP, and no layer norm anywhere."""
+
+    def __init__(self, classes: int, resolution: int, dim: int = 512, layers: int = 10, heads: int = 8) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, dim, 16, stride=16)
+        self.token = nn.Parameter(torch.randn(1, 1, dim))
+        self.position = nn.Parameter(torch.randn(1, (resolution // 16) ** 2 + 1, dim))
+        self.dropout = nn.Dropout(0.1)
+        self.layers = nn.ModuleList(PlainTransformerLayer(dim, heads) for _ in range(layers))
+        self.head = nn.Linear(dim, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits of ``x``."""
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = self.dropout(torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.position)
+        for layer in self.layers:
+            x = layer(x)
+        logits: torch.Tensor = self.head(x[:, 0])
+        return logits
+
+
+class PlainTransformerLayer(nn.Module):
+    """Attention and an MLP of the same width, each added to its input: (N, tokens, ``dim``) to the same shape."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.queries_keys_values = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(0.1))
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Dropout(0.1), nn.Linear(dim, dim), nn.Dropout(0.1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output for ``x``."""
+        q, k, v = (
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.queries_keys_values(x).chunk(3, dim=2)
+        )
+        dropped = 0.1 if self.training else 0.0
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, dropout_p=dropped).transpose(1, 2).flatten(2))
+        mixed: torch.Tensor = x + self.mlp(x)
+        return mixed
+
+
+def glad_vit(classes: int, resolution: int, width: int) -> nn.Module:
+    """Build GLaD's ViT."""
+    return PlainViT(classes, resolution)
+
+
+BUILDERS: Mapping[ArchitectureName, Callable[[int, int, int], nn.Module]] = MappingProxyType(
     {
-        "convnet": Architecture(convnet, "ConvNet", PUBLISHED_WIDTHS["convnet"]),
-        "resnet_ap10": Architecture(resnet_ap10, "ResNetAP-10", PUBLISHED_WIDTHS["resnet_ap10"]),
-        "resnet18": Architecture(resnet18, "ResNet-18", PUBLISHED_WIDTHS["resnet18"]),
+        "convnet": convnet,
+        "resnet_ap10": resnet_ap10,
+        "resnet18": resnet18,
+        "convnet_bn": convnet_bn,
+        "resnet18_bn": _torchvision("resnet18"),
+        "resnet50": _torchvision("resnet50"),
+        "resnet101": _torchvision("resnet101"),
+        "mobilenet_v2": _torchvision("mobilenet_v2"),
+        "efficientnet_b0": _torchvision("efficientnet_b0"),
+        "shufflenet_v2": _torchvision("shufflenet_v2_x1_0"),
+        "vgg11": _torchvision("vgg11"),
+        "deit_ti": deit_ti,
+        "swin_t": _torchvision("swin_t"),
+        "alexnet": _torchvision("alexnet"),
+        "glad_alexnet": glad_alexnet,
+        "glad_vgg11": glad_vgg11,
+        "glad_resnet18": glad_resnet18,
+        "glad_vit": glad_vit,
     }
 )
+"""How each classifier is built from (classes, resolution, width)."""
 
 
-def _architecture(name: str) -> Architecture:
-    if name not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {name!r}: choose one of {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[name]
+def _student(name: str) -> tuple[ArchitectureName, Student]:
+    for known, student in STUDENTS.items():
+        if known == name:
+            return known, student
+    raise ValueError(f"unknown architecture {name!r}: choose one of {', '.join(STUDENTS)}")
 
 
 def build(name: str, *, classes: int, resolution: int, width: int | None = None) -> nn.Module:
-    """Build a student with fresh weights from the global random state of the CPU.
+    """Build a classifier with fresh weights from the global random state of the CPU.
 
     Args:
-        name: A key of ``ARCHITECTURES``.
+        name: A key of ``STUDENTS``.
         classes: Number of logits.
         resolution: Side of the square input in pixels.
-        width: Channels of the ConvNet, or of the first ResNet stage; the published width if None.
+        width: Channels of the first stage; the published width if None.
 
     Raises:
-        ValueError: The name is unknown, or a size is too small.
+        ValueError: The name is unknown, a size is too small, or the architecture has one width only.
     """
-    architecture = _architecture(name)
-    width = architecture.width if width is None else width
-    if classes < 1 or width < 1:
+    known, student = _student(name)
+    if width is not None and student.width is None:
+        raise ValueError(f"{name} has one width only, so width must not be given")
+    width = student.width if width is None else width
+    if classes < 1 or (width is not None and width < 1):
         raise ValueError(f"classes and width must be at least 1, not {classes} and {width}")
-    if resolution < SMALLEST_RESOLUTION:
-        raise ValueError(f"resolution must be at least {SMALLEST_RESOLUTION} px, not {resolution}")
-    return architecture.build(classes, resolution, width)
+    if resolution < student.smallest:
+        raise ValueError(f"resolution must be at least {student.smallest} px for {name}, not {resolution}")
+    return BUILDERS[known](classes, resolution, width or 0)
 
 
 def display_name(name: str, *, resolution: int, width: int | None = None) -> str:
@@ -194,6 +322,8 @@ def display_name(name: str, *, resolution: int, width: int | None = None) -> str
     Raises:
         ValueError: The name is unknown.
     """
-    architecture = _architecture(name)
-    title = f"{architecture.title}-{convnet_depth(resolution)}" if name == "convnet" else architecture.title
-    return title if width in (None, architecture.width) else f"{title} (w{width})"
+    known, student = _student(name)
+    title = student.title
+    if known in ("convnet", "convnet_bn"):
+        title = title.replace("ConvNet", f"ConvNet-{convnet_depth(resolution)}")
+    return title if width in (None, student.width) else f"{title} (w{width})"

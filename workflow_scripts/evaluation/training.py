@@ -1,28 +1,76 @@
-"""Train a student on a small set and score it: the evaluation that all published tables report.
+"""Train students on a small set and score them: one loop, whose parts a protocol chooses.
 
-Images stay on the device as uint8, and all shuffling and augmentation happens there, so that the device is never
-waited for between two scores.
+Images stay on the device as uint8 and are augmented there, many batches in one call, so that the device is never waited for
+between two scores. Students of one recipe that differ in seed and images alone can be trained at once, as one network with
+stacked weights: small networks leave most of a GPU idle.
 """
 
+from __future__ import annotations
+
+import copy
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
 
-from workflow_scripts.evaluation.architectures import build
-from workflow_scripts.evaluation.augment import TrainAugmentation, cutmix, normalise, to_float
-from workflow_scripts.evaluation.protocols import Recipe
+from workflow_scripts.evaluation.architectures import HalvingPool, build
+from workflow_scripts.evaluation.augment import (
+    Draws,
+    augment,
+    draw_epoch,
+    epoch_generator,
+    mix,
+    normalise,
+    own_shares,
+    siamese,
+    to_float,
+)
+from workflow_scripts.evaluation.protocols import DOUBLE_BATCHNORM, Recipe
+from workflow_scripts.store.files import TEMPORARY
 
-__all__ = ["Recipe", "Score", "train_student"]
+__all__ = ["Network", "Recipe", "Score", "Soft", "can_stack", "train_student", "train_students"]
 
-AUGMENTED_PIXELS = 2**17
+AUGMENTED_PIXELS = {"cpu": 2**17, "cuda": 2**25}
 """Most pixels augmented in one call, or one batch if that is more: small batches share the overhead, in the cache."""
 
+TESTED_PIXELS = {"cpu": 2**19, "cuda": 2**24}
+"""Most pixels of test images classified in one call."""
+
+MOST_CONFUSED = 100
+"""Most classes for which a score has the confusion matrix."""
+
+CHECKPOINT_SECONDS = 600.0
+
+STACKABLE = (
+    *(nn.Conv2d, nn.GroupNorm, nn.Linear, nn.ReLU, nn.Flatten, nn.Identity),
+    *(HalvingPool, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+)
+"""Layers whose stacked form computes what they do: no batch statistics, no chance."""
+
+Network = Callable[[torch.Tensor], torch.Tensor]
+"""From normalised images (n, 3, H, W) to logits (n, K)."""
+
+Labelled = tuple[torch.Tensor, torch.Tensor]
+"""Images uint8 (N, 3, S, S) and labels int64 (N,)."""
+
 Progress = Callable[[int, float | None], None]
+
+
+class Soft(Protocol):
+    """Stored soft labels."""
+
+    def epoch(self, epoch: int) -> tuple[Draws, torch.Tensor]:
+        """Return an epoch's draws, and the teacher's logits (N, K) for its positions."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +87,9 @@ class Score:
         epochs: Epochs trained.
         images_seen: Images trained on, repeats included.
         curve: Pairs of an epoch and the top-1 accuracy after it (percent).
-        seconds: Wall time of training and testing.
+        class_top1: Top-1 accuracy of each class after the last epoch (percent); None for a class without test images.
+        confusion: Test images by true class (rows) and predicted class after the last epoch; None for over 100 classes.
+        seconds: Wall time of training and testing, shared among students that were trained at once.
     """
 
     top1_best: float
@@ -49,153 +99,490 @@ class Score:
     epochs: int
     images_seen: int
     curve: list[tuple[int, float]]
+    class_top1: list[float | None]
+    confusion: list[list[int]] | None
     seconds: float = field(compare=False)
 
 
-def _check_set(name: str, images: torch.Tensor, labels: torch.Tensor, recipe: Recipe) -> None:
-    side = recipe.resolution
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, side, side) or len(images) == 0:
-        raise ValueError(
-            f"{name}_images must be uint8 of shape (N, 3, {side}, {side}) with N > 0, "
-            f"not {images.dtype} of shape {tuple(images.shape)}"
-        )
-    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"{name}_labels must be int64 of shape ({len(images)},), not {labels.dtype} of shape {tuple(labels.shape)}"
-        )
-    low, high = labels.min().item(), labels.max().item()
-    if low < 0 or high >= recipe.classes:
-        raise ValueError(f"{name}_labels must be in 0..{recipe.classes - 1}, but they range from {low} to {high}")
+def train_student(recipe: Recipe, train: Labelled, test: Labelled, **options: Any) -> Score:
+    """Train one student, see ``train_students``."""
+    return train_students([recipe], [train], test, **options)[0]
 
 
-def _student(recipe: Recipe) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(recipe.seed)  # torch.manual_seed would also seed CUDA
-        return build(recipe.architecture, classes=recipe.classes, resolution=recipe.resolution, width=recipe.width)
-
-
-def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    rate, decay = recipe.learning_rate, recipe.weight_decay
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.999), weight_decay=decay, fused=True)
-    return torch.optim.SGD(model.parameters(), lr=rate, momentum=recipe.momentum, weight_decay=decay, fused=True)
-
-
-def _augmented_batches(
-    recipe: Recipe, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield one epoch of batches in random order, augmenting many of them in one call."""
-    augment = TrainAugmentation(
-        crop_scale=recipe.crop_scale, flip=recipe.flip, jitter=recipe.jitter, lighting=recipe.lighting
-    )
-    batches_at_once = max(1, AUGMENTED_PIXELS // (recipe.batch_size * recipe.resolution**2))
-    order = torch.randperm(len(images), generator=generator, device=images.device)
-    for chunk in order.split(batches_at_once * recipe.batch_size):
-        augmented = augment(images[chunk], generator)
-        yield from zip(augmented.split(recipe.batch_size), labels[chunk].split(recipe.batch_size), strict=True)
-
-
-def _accuracies(
-    model: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    batch_size: int,
-    autocast: AbstractContextManager[object],
-) -> tuple[float, float]:
-    """Return top-1 and top-5 accuracy in percent."""
-    hits = torch.zeros(2, dtype=torch.int64, device=images.device)
-    model.eval()
-    with torch.inference_mode(), autocast:
-        for batch, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            logits = model(normalise(to_float(batch)))
-            ranking = logits.topk(min(5, logits.shape[1]), dim=1).indices == truth[:, None]
-            hits += torch.stack([ranking[:, 0].sum(), ranking.sum()])
-    model.train()
-    top1, top5 = (100 * hits.to(torch.float64) / len(images)).tolist()
-    return top1, top5
-
-
-def train_student(
-    recipe: Recipe,
-    train_images: torch.Tensor,
-    train_labels: torch.Tensor,
-    test_images: torch.Tensor,
-    test_labels: torch.Tensor,
+def train_students(
+    recipes: Sequence[Recipe],
+    train: Sequence[Labelled],
+    test: Labelled,
     *,
     device: torch.device | str,
-    channels_last: bool = False,
+    teacher: Network | None = None,
+    soft: Soft | None = None,
+    compiled: bool = False,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
     progress: Progress | None = None,
-) -> Score:
-    """Train a fresh student and score it on the test set (Minimax/IDC hard-label protocol).
+    keep: Callable[[nn.Module], None] | None = None,
+) -> list[Score]:
+    """Train fresh students and score them on the test set.
 
-    Global random state is neither used nor changed. On a CPU the score is a function of the recipe, the images and the
-    number of threads.
+    Global random state is left as it was. On a CPU a score is a function of the recipe, the images, the teacher and the
+    number of threads; students that are trained at once differ by rounding from those trained alone.
 
     Args:
-        recipe: The training.
-        train_images: (N, 3, H, H) uint8 with H = ``recipe.resolution``.
-        train_labels: (N,) int64 in 0..classes-1.
-        test_images: (M, 3, H, H) uint8, scored without augmentation.
-        test_labels: (M,) int64.
+        recipes: One per student; they differ in their seeds alone.
+        train: One set per student, all of one size: uint8 (N, 3, S, S), S being the resolution unless ``train_size`` is
+            ``native``; labels (N,) int64 in 0..classes-1.
+        test: Images uint8 (M, 3, H, H) of the resolution, scored without augmentation, and labels.
         device: Where to train; all images are moved there.
-        channels_last: Keep weights and activations in channels-last layout, which may be faster on CUDA.
-        progress: Called after each epoch with the epoch, from 1, and the latest top-1 accuracy in percent, None before
-            the first; an exception it raises ends the training.
+        teacher: For ``target: teacher``.
+        soft: For ``target: stored``.
+        compiled: Compile the student; changes results by rounding.
+        checkpoint: File from which an interrupted training resumes, with the same result; it is not removed.
+        checkpoint_seconds: Least time between two checkpoints.
+        progress: Called after each epoch with the epoch, from 1, and the first student's latest top-1 accuracy in percent,
+            None before the first; an exception it raises ends the training.
+        keep: Is given the trained network, which is what was tested last; for one student only.
 
     Raises:
-        ValueError: A set has the wrong shape, type or labels, ``recipe.amp`` is asked for without CUDA, or the training
-            diverged.
+        ValueError: A set has the wrong shape, type or labels, students cannot be trained at once, soft labels are missing,
+            or the training diverged.
     """
     device = torch.device(device)
-    if recipe.amp and device.type != "cuda":
-        raise ValueError(f"amp needs a CUDA device, not {device}")
-    _check_set("train", train_images, train_labels, recipe)
-    _check_set("test", test_images, test_labels, recipe)
-
+    recipe = recipes[0]
+    _check(recipes, train, test, teacher, soft)
     start = time.perf_counter()
-    train_images, train_labels = train_images.to(device), train_labels.to(device)
-    test_images, test_labels = test_images.to(device), test_labels.to(device)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = _student(recipe).to(device).to(memory_format=layout)
-    optimizer = _optimizer(recipe, model)
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, recipe.milestone_epochs(), recipe.gamma)
-    generator = torch.Generator(device).manual_seed(recipe.seed)
-    autocast = torch.autocast("cuda", torch.bfloat16) if recipe.amp else nullcontext()
+    there = {id(own): (own[0].to(device), own[1].to(device)) for own in train}  # students may share a set
+    sets = [there[id(own)] for own in train]
+    test_images, test_labels = (tensor.to(device) for tensor in test)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        students = Students(recipes, device, compiled)
+        curves: list[list[tuple[int, float]]] = [[] for _ in recipes]
+        begin = students.resume(checkpoint, curves) if checkpoint is not None else 0
+        saved = time.monotonic()
+        points = set(recipe.evaluation_epochs())
+        counts = _Counts(recipe, len(recipes), device)
+        for epoch in range(begin, recipe.epochs):
+            _seed_layers(recipes, epoch, device)
+            students.set_rate(recipe.learning_rate * recipe.rate_factor(epoch))
+            total = torch.zeros(len(recipes), device=device)
+            for batch in batches(recipes, sets, epoch, soft):
+                total += students.step(batch, teacher)
+            if epoch + 1 in points:
+                if not torch.isfinite(total).all():
+                    raise ValueError(f"training diverged at epoch {epoch + 1} or before: lower the learning rate")
+                counts = students.test(test_images, test_labels)
+                for curve, top1 in zip(curves, counts.top1(), strict=True):
+                    curve.append((epoch + 1, top1))
+            if checkpoint is not None and time.monotonic() - saved >= checkpoint_seconds and epoch + 1 < recipe.epochs:
+                students.save(checkpoint, epoch + 1, curves)
+                saved = time.monotonic()
+            if progress is not None:
+                progress(epoch + 1, curves[0][-1][1] if curves[0] else None)
+    if keep is not None:
+        keep(students.tested())
+    seconds = (time.perf_counter() - start) / len(recipes)
+    return [_score(recipe, len(sets[0][0]), curve, counts, place, seconds) for place, curve in enumerate(curves)]
 
-    points = set(recipe.evaluation_epochs())
-    curve: list[tuple[int, float]] = []
-    top5 = 0.0
-    for epoch in range(1, recipe.epochs + 1):
-        total_loss = torch.zeros((), device=device)
-        for batch, labels in _augmented_batches(recipe, train_images, train_labels, generator):
-            mixed, partners, own_share = cutmix(
-                batch, generator, beta=recipe.cutmix_beta, probability=recipe.cutmix_probability
+
+def can_stack(recipe: Recipe) -> bool:
+    """Say whether students of a recipe can be trained at once."""
+    with torch.device("meta"):
+        network = build(recipe.architecture, classes=recipe.classes, resolution=recipe.resolution, width=recipe.width)
+    return all(isinstance(module, STACKABLE) for module in network.modules() if not list(module.children()))
+
+
+# ---------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What R students see in one step: B images each, normalised, augmented and mixed.
+
+    Attributes:
+        images: (R, B, 3, H, W) float32.
+        labels: (R, B) int64.
+        partner_labels: Likewise, of what each image is mixed with; None without mixing.
+        own_share: (R,) weight of ``labels``, the partners' having the rest.
+        logits: (B, K) of the stored teacher, or None.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    partner_labels: torch.Tensor | None = None
+    own_share: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+def batches(
+    recipes: Sequence[Recipe], sets: Sequence[Labelled], epoch: int, soft: Soft | None = None
+) -> Iterator[Batch]:
+    """Yield an epoch of batches, augmenting many of them in one call."""
+    recipe, (images, _) = recipes[0], sets[0]
+    count, device = len(images), images.device
+    logits = None
+    if soft is not None:
+        replayed, logits = soft.epoch(epoch)
+        drawn = [replayed] * len(recipes)
+        logits = _moved(logits, device)
+    else:
+        drawn = [draw_epoch(r, count, images.shape[-1], epoch_generator(r.seed, epoch)) for r in recipes]
+    operations = [draws["operations"].tolist() if "operations" in draws else [] for draws in drawn]
+    moved = [{name: _moved(tensor, device) for name, tensor in draws.items()} for draws in drawn]
+    size = recipe.batch_size
+    at_once = size * max(1, AUGMENTED_PIXELS[device.type] // (size * recipe.resolution**2 * len(recipes)))
+    shares = torch.stack([own_shares(d, recipe.resolution) for d in moved]) if "partners" in moved[0] else None
+    for first in range(0, count, at_once):
+        last = min(first + at_once, count)
+        chunk = _chunk(recipe, sets, moved, operations, first, last)
+        for begin in range(first, last, size):
+            rows = slice(begin - first, min(begin + size, last) - first)
+            place = begin // size
+            yield Batch(
+                chunk.images[:, rows],
+                chunk.labels[:, rows],
+                None if chunk.partner_labels is None else chunk.partner_labels[:, rows],
+                None if shares is None else shares[:, place],
+                None if logits is None else logits[begin : begin + size],
             )
-            with autocast:
-                logits = model(mixed.contiguous(memory_format=layout))
-                own, other = F.cross_entropy(logits, labels), F.cross_entropy(logits, labels[partners])
-                loss = own_share * own + (1 - own_share) * other
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total_loss += loss.detach()
-        scheduler.step()
-        if epoch in points:
-            if not torch.isfinite(total_loss):
-                raise ValueError(f"training diverged at epoch {epoch} or before: lower the learning rate")
-            top1, top5 = _accuracies(model, test_images, test_labels, recipe.batch_size, autocast)
-            curve.append((epoch, top1))
-        if progress is not None:
-            progress(epoch, curve[-1][1] if curve else None)
 
+
+def _chunk(
+    recipe: Recipe,
+    sets: Sequence[Labelled],
+    drawn: Sequence[Draws],
+    operations: Sequence[Sequence[int]],
+    first: int,
+    last: int,
+) -> Batch:
+    """Augment and mix the positions from ``first``, where a batch begins, to ``last`` of every student's epoch."""
+    count, size = last - first, recipe.batch_size
+    order = [draws["order"][first:last] for draws in drawn]
+    labels = torch.stack([own[rows] for (_, own), rows in zip(sets, order, strict=True)])
+    pixels = torch.cat([own[rows] for (own, _), rows in zip(sets, order, strict=True)])
+    per_image = ("tiles", "boxes", "mirrored", "factors", "alphas")
+    x = augment(pixels, {k: torch.cat([d[k][first:last] for d in drawn]) for k in per_image if k in drawn[0]}, recipe)
+    if recipe.dsa:
+        pieces = [
+            siamese(piece, recipe.dsa[operations[student][first // size + place]], numbers)
+            for student, draws in enumerate(drawn)
+            for place, (piece, numbers) in enumerate(
+                zip(
+                    x[student * count : (student + 1) * count].split(size),
+                    draws["numbers"][first:last].split(size),
+                    strict=True,
+                )
+            )
+        ]
+        x = torch.cat(pieces)
+    partner_labels = None
+    if "partners" in drawn[0]:
+        batch_of = torch.arange(first, last, device=x.device) // size
+        partners = [draws["partners"][first:last] - first for draws in drawn]
+        partner_labels = torch.stack([own[rows] for own, rows in zip(labels, partners, strict=True)])
+        x = mix(
+            x,
+            torch.cat([rows + place * count for place, rows in enumerate(partners)]),
+            torch.cat([draws["mix_boxes"][batch_of] for draws in drawn]),
+            torch.cat([draws["mix_weights"][batch_of] for draws in drawn]),
+        )
+    return Batch(x.unflatten(0, (len(sets), count)), labels, partner_labels)
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Bring draws to the device without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+# ---------------------------------------------------------------- students
+
+
+class Students:
+    """R networks that are trained at once, with their optimiser and, if the recipe wants them, averaged weights."""
+
+    def __init__(self, recipes: Sequence[Recipe], device: torch.device, compiled: bool = False):
+        self.recipe = recipes[0]
+        self.count = len(recipes)
+        self.device = device
+        networks = [_fresh(recipe).to(device) for recipe in recipes]
+        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        self.network = networks[0].to(memory_format=layout)
+        self.layout = layout
+        if self.count == 1:
+            self.state: dict[str, torch.Tensor] = dict(self.network.named_parameters())
+        else:
+            self.state, _ = stack_module_state(networks)
+            self.network = copy.deepcopy(self.network).to("meta")
+        dimensions = {name: parameter.ndim for name, parameter in networks[0].named_parameters()}
+        self.optimizer = _optimizer(self.recipe, self.state, dimensions)
+        self.steps = 0
+        self.average = None
+        if self.recipe.ema is not None:
+            self.average = {name: value.detach().clone() for name, value in self.state.items()}
+        self.forward: Callable[..., torch.Tensor] = self._together if self.count > 1 else self._alone
+        if compiled:
+            self.forward = torch.compile(self.forward)
+        half = self.recipe.dtype == "bfloat16"
+        self.autocast: Callable[[], AbstractContextManager[Any]] = (
+            (lambda: torch.autocast(device.type, torch.bfloat16)) if half else nullcontext
+        )
+
+    def _alone(self, state: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        own = state is self.state  # as always but for averages: calling the network itself takes a millisecond less
+        logits: torch.Tensor = self.network(images[0]) if own else functional_call(self.network, state, (images[0],))
+        return logits[None]
+
+    def _together(self, state: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = vmap(lambda own, x: functional_call(self.network, own, (x,)))(state, images)
+        return logits
+
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def step(self, batch: Batch, teacher: Network | None) -> torch.Tensor:
+        """Take one step and return each student's loss (R,), on the device."""
+        images = batch.images
+        if self.count == 1:
+            images = images[0].contiguous(memory_format=self.layout)[None]
+        with self.autocast():
+            if DOUBLE_BATCHNORM in self.recipe.published_quirks:
+                with torch.no_grad():
+                    self.forward(self.state, images)
+            logits = self.forward(self.state, images).float()
+        losses = (
+            hard_loss(logits, batch)
+            if self.recipe.target == "hard"
+            else self._soft_loss(logits, images, batch, teacher)
+        )
+        for value in self.state.values():
+            value.grad = None
+        losses.sum().backward()
+        self.optimizer.step()
+        self.steps += 1
+        if self.average is not None and self.recipe.ema is not None:
+            decay = min(self.recipe.ema, self.steps / (self.steps + 1))
+            current = [value.detach() for value in self.state.values()]
+            torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
+        return losses.detach()
+
+    def _soft_loss(
+        self, logits: torch.Tensor, images: torch.Tensor, batch: Batch, teacher: Network | None
+    ) -> torch.Tensor:
+        if batch.logits is not None:
+            wanted = batch.logits.float().expand_as(logits)
+        else:
+            assert teacher is not None
+            with torch.no_grad(), self.autocast():
+                wanted = teacher(images.flatten(0, 1)).float().view_as(logits)
+        return soft_loss(logits, wanted, self.recipe.temperature)
+
+    def test(self, images: torch.Tensor, labels: torch.Tensor) -> _Counts:
+        """Classify the test set, with the averaged weights if there are any."""
+        counts = _Counts(self.recipe, self.count, self.device)
+        state = self.average if self.average is not None else self.state
+        size = max(1, TESTED_PIXELS[self.device.type] // (self.recipe.resolution**2 * self.count))
+        self.network.eval()
+        with torch.inference_mode(), self.autocast():
+            for batch, truth in zip(images.split(size), labels.split(size), strict=True):
+                x = normalise(to_float(batch)).contiguous(memory_format=self.layout)
+                counts.add(self.forward(state, x.expand(self.count, *x.shape)), truth)
+        self.network.train()
+        return counts
+
+    def tested(self) -> nn.Module:
+        """Return the one network in evaluation mode, with the weights that are tested."""
+        if self.average is not None:
+            self.network.load_state_dict(self.average, strict=False)
+        return self.network.eval()
+
+    def save(self, path: Path, epoch: int, curves: list[list[tuple[int, float]]]) -> None:
+        """Write everything that a training needs to go on after ``epoch`` epochs."""
+        tensors = {f"weights.{name}": value for name, value in self.state.items()}
+        tensors |= {f"buffers.{name}": value for name, value in self.network.named_buffers() if self.count == 1}
+        tensors |= {f"average.{name}": value for name, value in (self.average or {}).items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if value is not None}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{TEMPORARY}{path.name}")
+        about = {"epoch": str(epoch), "steps": str(self.steps), "curves": json.dumps(curves)}
+        save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary, metadata=about)
+        temporary.replace(path)
+
+    @torch.no_grad()
+    def resume(self, path: Path, curves: list[list[tuple[int, float]]]) -> int:
+        """Take a training up where ``save`` left it, and return the epochs that are done; 0 without a checkpoint."""
+        if not path.exists():
+            return 0
+        parts = {"weights": self.state, "buffers": dict(self.network.named_buffers()), "average": self.average or {}}
+        moments: dict[int, dict[str, Any]] = {}
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+            for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                part, name = key.split(".", 1)
+                if part == "optimizer":
+                    index, _, what = name.partition(".")
+                    moments.setdefault(int(index), {})[what] = file.get_tensor(key)
+                else:
+                    parts[part][name].copy_(file.get_tensor(key))
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.steps = int(about["steps"])
+        for curve, stored in zip(curves, json.loads(about["curves"]), strict=True):
+            curve[:] = [(epoch, top1) for epoch, top1 in stored]
+        return int(about["epoch"])
+
+
+def _fresh(recipe: Recipe) -> nn.Module:
+    torch.default_generator.manual_seed(recipe.seed)  # torch.manual_seed would also seed CUDA
+    return build(recipe.architecture, classes=recipe.classes, resolution=recipe.resolution, width=recipe.width)
+
+
+def _seed_layers(recipes: Sequence[Recipe], epoch: int, device: torch.device) -> None:
+    """Seed what layers such as dropout draw from in an epoch; they take no generator of their own."""
+    seed = epoch_generator(recipes[0].seed, epoch).initial_seed()
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def _optimizer(
+    recipe: Recipe, parameters: Mapping[str, torch.Tensor], dimensions: Mapping[str, int]
+) -> torch.optim.Optimizer:
+    rate, decay = recipe.learning_rate, recipe.weight_decay
+    spared = [name for name in parameters if recipe.decay == "matrices" and dimensions[name] <= 1]
+    groups = [
+        {"params": [value for name, value in parameters.items() if (name in spared) == without], "weight_decay": wanted}
+        for without, wanted in ((False, decay), (True, 0.0))
+    ]
+    groups = [group for group in groups if group["params"]]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.999), fused=True)
+    return torch.optim.SGD(groups, lr=rate, momentum=recipe.momentum, fused=True)
+
+
+def hard_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Return each student's mean cross-entropy (R,) with its images' labels, and their partners' by share."""
+    own = _cross_entropy(logits, batch.labels)
+    if batch.partner_labels is None or batch.own_share is None:
+        return own
+    return batch.own_share * own + (1 - batch.own_share) * _cross_entropy(logits, batch.partner_labels)
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels).mean(1)
+
+
+def soft_loss(logits: torch.Tensor, wanted: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return each student's Kullback-Leibler divergence from the teacher's logits (R,): mean over images, not times T^2."""
+    target = (wanted / temperature).softmax(-1)
+    divergence = F.kl_div((logits / temperature).log_softmax(-1), target, reduction="none")
+    return divergence.sum(-1).mean(-1)
+
+
+# ---------------------------------------------------------------- scores
+
+
+class _Counts:
+    """How R students classified test images, counted on the device."""
+
+    def __init__(self, recipe: Recipe, students: int, device: torch.device):
+        self.classes = recipe.classes
+        self.students = torch.arange(students, device=device)[:, None]
+        self.confused = self.classes <= MOST_CONFUSED
+        columns = self.classes if self.confused else 1
+        self.pairs = torch.zeros(students, self.classes, columns, dtype=torch.int64, device=device)
+        self.hits = torch.zeros(students, self.classes, dtype=torch.int64, device=device)
+        self.hits5 = torch.zeros(students, dtype=torch.int64, device=device)
+        self.images = torch.zeros(self.classes, dtype=torch.int64, device=device)
+
+    def add(self, logits: torch.Tensor, truth: torch.Tensor) -> None:
+        """Count logits (R, n, K) of images with the labels (n,)."""
+        ranking = logits.topk(min(5, self.classes), dim=2).indices
+        right = ranking == truth[:, None]
+        ones = torch.ones_like(truth)
+        self.images.index_add_(0, truth, ones)
+        self.hits.index_add_(1, truth, right[..., 0].to(torch.int64))
+        self.hits5 += right.any(2).sum(1)
+        if self.confused:
+            students = self.students.expand(-1, len(truth))
+            self.pairs.index_put_((students, truth.expand_as(students), ranking[..., 0]), ones, accumulate=True)
+
+    def top1(self) -> list[float]:
+        """Return each student's top-1 accuracy in percent; this waits for the device."""
+        top1: list[float] = (100 * self.hits.sum(1).to(torch.float64) / self.images.sum()).tolist()
+        return top1
+
+    def top5(self, student: int) -> float:
+        """Return the top-5 accuracy in percent."""
+        return 100 * self.hits5[student].item() / int(self.images.sum())
+
+    def by_class(self, student: int) -> list[float | None]:
+        """Return the top-1 accuracy of each class in percent."""
+        counts = zip(self.hits[student].tolist(), self.images.tolist(), strict=True)
+        return [100 * hits / images if images else None for hits, images in counts]
+
+    def confusion(self, student: int) -> list[list[int]] | None:
+        """Return the counts by true and predicted class, unless there are too many classes."""
+        return self.pairs[student].tolist() if self.confused else None
+
+
+def _score(
+    recipe: Recipe, images: int, curve: list[tuple[int, float]], counts: _Counts, student: int, seconds: float
+) -> Score:
     best_epoch, best = max(curve, key=lambda point: point[1])
     return Score(
         top1_best=best,
         top1_last=curve[-1][1],
-        top5_last=top5,
+        top5_last=counts.top5(student),
         best_epoch=best_epoch,
         epochs=recipe.epochs,
-        images_seen=recipe.epochs * len(train_images),
+        images_seen=recipe.epochs * images,
         curve=curve,
-        seconds=time.perf_counter() - start,
+        class_top1=counts.by_class(student),
+        confusion=counts.confusion(student),
+        seconds=seconds,
     )
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check(
+    recipes: Sequence[Recipe],
+    train: Sequence[Labelled],
+    test: Labelled,
+    teacher: Network | None,
+    soft: Soft | None,
+) -> None:
+    recipe = recipes[0]
+    if len(recipes) != len(train) or any(replace(other, seed=recipe.seed) != recipe for other in recipes):
+        raise ValueError("students that are trained at once need one set each and recipes that differ in seed alone")
+    if len(recipes) > 1 and not can_stack(recipe):
+        raise ValueError(f"{recipe.architecture} has batch statistics or dropout, so that one is trained at a time")
+    if len({len(labels) for _, labels in train}) > 1:
+        raise ValueError("students that are trained at once need sets of one size")
+    if recipe.target == "teacher" and teacher is None:
+        raise ValueError("target teacher needs a teacher")
+    if (recipe.target == "stored") != (soft is not None):
+        raise ValueError("target stored needs stored labels, and no other does")
+    native = recipe.train_size == "native"
+    for images, labels in train:
+        side = images.shape[-1] if native and images.ndim == 4 else recipe.resolution
+        _check_set("train", images, labels, side, recipe.classes)
+    _check_set("test", *test, recipe.resolution, recipe.classes)
+
+
+def _check_set(name: str, images: torch.Tensor, labels: torch.Tensor, side: int, classes: int) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, side, side) or len(images) == 0:
+        raise ValueError(
+            f"{name} images must be uint8 of shape (N, 3, {side}, {side}) with N > 0, "
+            f"not {images.dtype} of shape {tuple(images.shape)}"
+        )
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{name} labels must be int64 of shape ({len(images)},), not {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    low, high = labels.min().item(), labels.max().item()
+    if low < 0 or high >= classes:
+        raise ValueError(f"{name} labels must be in 0..{classes - 1}, but they range from {low} to {high}")

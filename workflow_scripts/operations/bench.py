@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,6 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from workflow_scripts.config import (
-    Architecture,
     DiffusionMethod,
     FitDiT,
     GaussianStart,
@@ -45,12 +44,13 @@ from workflow_scripts.diffusion.inversion import invert
 from workflow_scripts.diffusion.schedule import Grid, respace
 from workflow_scripts.errors import BackboneError, ConfigError, StillhouseError
 from workflow_scripts.evaluation.architectures import display_name
+from workflow_scripts.evaluation.protocols import Recipe
 from workflow_scripts.evaluation.training import train_student
 from workflow_scripts.methods.registry import ClassInputs, is_greedy, needs_latents, needs_pool, prepare_rows
 from workflow_scripts.operations.cost import sampled_rows
 from workflow_scripts.operations.flops import ARCHITECTURES
 from workflow_scripts.operations.speeds import Bench, Measurement, Task, Tasks
-from workflow_scripts.recipes import Recipes, student_recipe
+from workflow_scripts.recipes import Recipes, student_recipe, students_of
 from workflow_scripts.stages.memory import Batch
 from workflow_scripts.stages.sample import Rows, sample_results
 from workflow_scripts.stages.worker import pick_device, progress, quiet_libraries
@@ -227,7 +227,8 @@ class Subject:
 
     def parts(self) -> Iterator[Callable[[], Measured]]:
         """Yield what is to be measured, one kind of work after another."""
-        for side in dict.fromkeys((self.config.dataset.resolution, self.config.evaluation.resolution)):
+        recipes = list(self.recipes())
+        for side in dict.fromkeys((self.config.dataset.resolution, *(recipe.resolution for recipe in recipes))):
             yield lambda side=side: self.reading(side)  # type: ignore[misc]
         yield from (self.coding, self.denoising)
         methods = {n: m for n, m in self.config.compared().items() if isinstance(m, DiffusionMethod)}
@@ -241,8 +242,30 @@ class Subject:
                 yield lambda name=name, method=method: self.inverting(name, method)  # type: ignore[misc]
         for name, method in methods.items():
             yield lambda name=name, method=method: self.sampling(name, method)  # type: ignore[misc]
-        for architecture in self.config.evaluation.architectures:
-            yield lambda architecture=architecture: self.training(architecture)  # type: ignore[misc]
+        for recipe in recipes:
+            yield lambda recipe=recipe: self.training(recipe)  # type: ignore[misc]
+
+    def recipes(self) -> Iterator[Recipe]:
+        """Yield a training of each student, in each size of batch and image that the run's protocols have at the largest IPC.
+
+        A teacher is asked in a forward pass as of a student, so that students learn from hard labels here.
+        """
+        epochs = 4 if self.quick else 8
+        classes = len(self.config.dataset.chosen_classes or range(10))
+        seen: set[str] = set()
+        for protocol in self.config.evaluation.protocols:
+            for architecture in students_of(self.config, protocol):
+                recipe = student_recipe(self.config, protocol, architecture, classes, max(self.config.ipc), 0)
+                if (task := self.tasks.train(recipe).key) not in seen:
+                    seen.add(task)
+                    yield replace(
+                        recipe,
+                        target="hard",
+                        epochs=epochs,
+                        evaluations=epochs // 2,
+                        test_from=0.0,
+                        train_size="resolution",
+                    )
 
     def row(
         self, title: str, call: Callable[[], object], units: float, batch: int, flop: float | None, setting: str
@@ -389,23 +412,21 @@ class Subject:
     def _grid(self, method: DiffusionMethod) -> Grid:
         return respace(self.denoiser.abar, method.sampler.steps, method.sampler.spacing)
 
-    def training(self, architecture: Architecture) -> Measured:
+    def training(self, recipe: Recipe) -> Measured:
         """Train a student for a few epochs, scoring it after every second one."""
-        epochs = 4 if self.quick else 8
-        classes = len(self.config.dataset.chosen_classes or range(10))
-        recipe = student_recipe(self.config, architecture, classes, epochs, 0)
+        classes = recipe.classes
         count = recipe.batch_size * (5 if self.quick else TRAINED)
         side, random = recipe.resolution, torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (count, 3, side, side), generator=random, dtype=torch.uint8)
         labels = torch.randint(0, classes, (count,), generator=random)
-        options = asdict(recipe) | {"evaluations": epochs // 2}
         title = display_name(recipe.architecture, resolution=side, width=recipe.width)
         times: list[float] = []
         with self._within_memory(title, recipe.batch_size, "evaluation.batch_size"):
             train_student(
-                type(recipe)(**options),
-                *(images, labels, images, labels),
+                recipe,
+                *((images, labels), (images, labels)),
                 device=self.device,
+                compiled=self.config.compute.compile and self.device.type == "cuda",
                 progress=lambda *_: times.append(self.clock.now()),
             )
         seconds = np.diff(times)  # of epochs 2, 3, ...: scored, not scored, ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -21,7 +21,7 @@ from workflow_scripts.operations.speeds import (
     read_benches,
 )
 from workflow_scripts.operations.survey import Item, StageSurvey
-from workflow_scripts.recipes import Recipes, SampleSet, Training
+from workflow_scripts.recipes import Labels, Recipes, SampleSet, Training
 from workflow_scripts.store.results import Result
 
 Work = tuple[Task, float]
@@ -32,9 +32,11 @@ RECORD_BYTES = 2500
 KEY_BYTES = 40
 """The name of an image in the record of its class's latents."""
 SCORE_BYTES = 8000
+LABEL_BYTES = 25
+"""What is stored of a view besides its logits: order, crop, flip and partner."""
 PNG_SHARE = 0.65
 """Size of a natural image as PNG, of its pixels."""
-ON_DEVICE = ("fit_backbone", "encode", "invert", "experts", "sample", "match", "evaluate")
+ON_DEVICE = ("fit_backbone", "encode", "invert", "experts", "sample", "match", "teacher", "relabel", "evaluate")
 
 
 @dataclass
@@ -194,11 +196,20 @@ class Ledger:
                 yield tasks.decode(), sum(ipcs)
         elif stage == "match":
             yield from self._match(job, results)
-        else:
-            yield tasks.read(config.evaluation.resolution), self._test_images
+        elif stage == "teacher":
+            yield from self._teacher(job)
+        elif stage == "relabel":
             for item in items:
-                assert isinstance(item.thing, Training)
-                yield from self._training(item.thing)
+                assert isinstance(item.thing, Labels)
+                recipe = self.recipes.label_recipe(item.thing)
+                images = item.thing.set.ipc * len(self.recipes.classes)
+                yield tasks.test(self._asked(item.thing.protocol, recipe)), recipe.epochs * images
+        else:
+            trainings = [item.thing for item in items if isinstance(item.thing, Training)]
+            for side in {self.recipes.student(training).resolution for training in trainings}:
+                yield tasks.read(side), self._test_images
+            for training in trainings:
+                yield from self._training(training)
 
     def _training(self, training: Training) -> Iterator[Work]:
         student = self.recipes.student(training)
@@ -208,6 +219,26 @@ class Ledger:
         whole = -(-images // student.batch_size) * student.batch_size
         yield self.tasks.train(student), student.epochs * whole
         yield self.tasks.test(student), len(student.evaluation_epochs()) * self._test_images
+        if student.target == "teacher":
+            yield self.tasks.test(self._asked(training.protocol, student)), student.epochs * whole
+
+    def _asked(self, protocol: str, recipe: Recipe) -> Recipe:
+        """Return a protocol's teacher as if it were a student."""
+        network = self.recipes.teacher(protocol).architecture
+        return replace(recipe, architecture=network.name, width=network.width)
+
+    def _teacher(self, protocol: str) -> Iterator[Work]:
+        """Yield the training of a teacher, if it is trained here, and its test."""
+        example = self.recipes.teacher_check(protocol)
+        side, fit = example["resolution"], self.recipes.teacher(protocol).fit
+        base = Recipe(architecture="convnet", resolution=side, classes=len(self.recipes.classes), epochs=1)
+        network = self._asked(protocol, base)
+        yield self.tasks.read(side), self._test_images
+        yield self.tasks.test(network), self._test_images
+        if fit is not None:
+            images = sum(self._images(name) for name in self.recipes.classes)
+            yield self.tasks.read(side), images
+            yield self.tasks.train(replace(network, batch_size=fit.batch_size)), fit.epochs * images
 
     def _experts(self, name: str, count: int) -> Iterator[Work]:
         method = self.recipes.config.methods[name]
@@ -285,6 +316,11 @@ class Ledger:
         if isinstance(thing, SampleSet):
             return thing.ipc * len(self.recipes.classes) * pixels * PNG_SHARE
         if isinstance(thing, Training):
+            return SCORE_BYTES
+        if isinstance(thing, Labels):
+            images, classes = thing.set.ipc * len(self.recipes.classes), len(self.recipes.classes)
+            return float(self.recipes.label_recipe(thing).epochs * images * (2 * classes + LABEL_BYTES))
+        if stage == "teacher":
             return SCORE_BYTES
         if stage == "fit_backbone":
             weights = parameters(self.tasks.denoiser)

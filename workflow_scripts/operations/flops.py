@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from workflow_scripts.config import FitDiT, FitVAE
-from workflow_scripts.evaluation.protocols import PUBLISHED_WIDTHS, convnet_depth
+from workflow_scripts.evaluation.protocols import STUDENTS, convnet_depth
 
 Config = Mapping[str, Any]
 
@@ -119,21 +119,45 @@ def decoder_flop(config: Config, side: int) -> float | None:
     return 2 * (total + _conv(side, width, config.get("out_channels", 3)))
 
 
+GMACS_AT_224: Mapping[str, float] = {
+    "resnet18_bn": 1.81,
+    "resnet50": 4.09,
+    "resnet101": 7.80,
+    "mobilenet_v2": 0.30,
+    "efficientnet_b0": 0.39,
+    "shufflenet_v2": 0.14,
+    "vgg11": 7.61,
+    "deit_ti": 1.26,
+    "swin_t": 4.49,
+    "alexnet": 0.71,
+    "glad_alexnet": 12.0,
+    "glad_vgg11": 7.49,
+    "glad_vit": 3.47,
+}
+"""Thousands of millions of multiply-adds of a forward pass at 224 pixels; at other sizes they are taken to go with the area."""
+
+_WIDTHS: Mapping[str, int | None] = {name: student.width for name, student in STUDENTS.items()}
+
+
 def student_flop(name: str, width: int | None, side: int, classes: int) -> float:
     """Return the operations of one forward pass of a student for one image of ``side`` pixels.
 
     Raises:
         KeyError: if the name is unknown.
     """
-    width = width or PUBLISHED_WIDTHS[name]
-    if name == "convnet":
+    if name in GMACS_AT_224 and not (name == "resnet18_bn" and side <= 64):  # whose small stem is another network
+        return 2e9 * GMACS_AT_224[name] * (side / 224) ** 2
+    width = width or _WIDTHS[name] or 64
+    if name in ("convnet", "convnet_bn"):
         total, inputs = 0, 3
         for _ in range(convnet_depth(side)):
             total += _conv(side, inputs, width)
             inputs, side = width, side // 2
         return 2.0 * (total + width * side**2 * classes)
-    strided = name == "resnet18"
-    if side > 128 or (strided and side > 64):
+    strided = name != "resnet_ap10"
+    if name == "glad_resnet18" or side <= 64:
+        kernel, stride, pool = 3, 1, 1
+    elif side > 128 or (strided and side > 64):
         kernel, stride, pool = (7, 2, 2) if strided else (7, 1, 4)
     else:
         kernel, stride, pool = 3, 1, 2 if side > 64 else 1

@@ -15,6 +15,7 @@ from workflow_scripts.stages.common import resolved_path
 from workflow_scripts.stages.publish import report_folder
 from workflow_scripts.store.attempts import Attempts
 from workflow_scripts.store.files import TEMPORARY
+from workflow_scripts.store.results import RECORD
 
 LEFTOVER_AGE = 24 * 3600
 CACHE = "cache"
@@ -43,6 +44,11 @@ def referenced(recipes: Recipes) -> Iterator[Path]:
                 yield attempts.path(recipes.training_place(training))
         elif job.stage == "measure":
             yield from map(recipes.measure_path, recipes.sets(job.shard))
+        elif job.stage == "teacher":
+            weights = recipes.teacher_weights(job.shard)
+            yield from (recipes.teacher_record(job.shard), weights, weights.with_name(f"{weights.stem}.checkpoints"))
+        elif job.stage == "relabel":
+            yield recipes.labels_path(recipes.labels[job.shard])
         elif job.stage == "report":
             yield report_folder(recipes.config, job)
         else:
@@ -78,16 +84,16 @@ def size(path: Path) -> int:
 
 def _collectable(results: Path) -> Iterator[Path]:
     store = results / "store"
-    for pattern in (
-        "*.zarr/*/*",
+    own = (
         "evaluate/*",
         "measure/*",
+        "evaluate.checkpoints/*",
         "backbones/*",
         "match.checkpoints/*",
-        f"{QUARANTINE}/*",
-        "attempts/**/*.json",
-        "claims/**/*.json",
-    ):
+        "teachers/*",
+        "labels/*",
+    )
+    for pattern in ("*.zarr/*/*", *own, f"{QUARANTINE}/*", "attempts/**/*.json", "claims/**/*.json"):
         yield from sorted(store.glob(pattern))
     for pattern in ("datasets/*", "manifests/*/*", "*/reports/*"):
         yield from sorted(results.glob(pattern))
@@ -99,7 +105,12 @@ def _settled(results: Path, path: Path) -> bool:
     working = path.name.startswith(TEMPORARY) or ".checkpoints" in (path.suffix, path.parent.suffix)
     if place[:2] == (CACHE, "configs"):
         age = CONFIG_AGE
-    elif place[0] == CACHE or working or "claims" in place:
+    elif (
+        place[0] == CACHE
+        or working
+        or "claims" in place
+        or (path.parent.name == "labels" and not (path / RECORD).exists())
+    ):
         age = LEFTOVER_AGE
     else:
         return True

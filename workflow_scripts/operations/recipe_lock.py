@@ -24,6 +24,7 @@ _IMAGES = (
     "data/validation_labels.py",
 )
 _DENOISING = ("diffusion/backbone.py", "diffusion/schedule.py", "stages/inputs.py")
+_TRAINING = tuple(f"evaluation/{name}.py" for name in ("architectures", "augment", "dsa", "protocols", "training"))
 MEANING = {
     "fit_backbone": (
         "stages/fit_backbone.py",
@@ -48,7 +49,7 @@ MEANING = {
     "experts": (
         "stages/experts.py",
         "stages/inputs.py",
-        "methods/dsa.py",
+        "evaluation/dsa.py",
         "methods/matching.py",
         "diffusion/noise.py",
         "evaluation/architectures.py",
@@ -56,16 +57,28 @@ MEANING = {
     ),
     "match": (
         "stages/match.py",
-        *(f"methods/{name}.py" for name in ("dsa", "ld3m", "matching")),
+        *(f"methods/{name}.py" for name in ("ld3m", "matching")),
+        "evaluation/dsa.py",
         "diffusion/noise.py",
         "evaluation/architectures.py",
         *_DENOISING,
         *_IMAGES,
     ),
     "export": ("stages/export.py",),
+    "teacher": ("stages/teacher.py", "stages/classifiers.py", "evaluation/teacher.py", *_TRAINING, *_IMAGES),
+    "relabel": (
+        "stages/relabel.py",
+        "stages/classifiers.py",
+        "evaluation/soft_labels.py",
+        "evaluation/teacher.py",
+        *_TRAINING,
+        *_IMAGES,
+    ),
     "evaluate": (
         "stages/evaluate.py",
-        *(f"evaluation/{name}.py" for name in ("architectures", "augment", "protocols", "training")),
+        "stages/classifiers.py",
+        "evaluation/soft_labels.py",
+        *_TRAINING,
         *_IMAGES,
     ),
     "measure": (

@@ -11,12 +11,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.recipes import CLASS_STAGES, Recipes, SampleSet, Training
+from workflow_scripts.recipes import CLASS_STAGES, Labels, Recipes, SampleSet, Training
 from workflow_scripts.stages.publish import report_folder
 from workflow_scripts.store.results import RECORD, Result
 
 Neighbours = Callable[[Path], Sequence[Mapping[str, Any]]]
-STAGES = ("fit_backbone", *CLASS_STAGES, "export", "evaluate", "measure", "report")
+STAGES = ("fit_backbone", *CLASS_STAGES, "export", "teacher", "relabel", "evaluate", "measure", "report")
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Item:
     of: str
     exists: bool
     why: str | None = None
-    thing: Result | SampleSet | Training | None = None
+    thing: Result | SampleSet | Training | Labels | None = None
 
 
 @dataclass
@@ -95,6 +95,14 @@ def _items(recipes: Recipes, stage: str, shard: str, neighbours: Neighbours | No
         for wanted in recipes.sets(shard):
             path = recipes.measure_path(wanted)
             yield str(path), _item(shard, f"{wanted.method} IPC {wanted.ipc} seed {wanted.seed}", path.exists())
+    elif stage == "teacher":
+        path = recipes.teacher_record(shard)
+        yield str(path), _item(shard, shard, path.exists())
+    elif stage == "relabel":
+        labels = recipes.labels[shard]
+        path = recipes.labels_path(labels)
+        of = f"{labels.set.method} IPC {labels.set.ipc} seed {labels.set.seed} {labels.protocol}"
+        yield str(path), _item(shard, of, (path / RECORD).exists(), labels)
     elif stage == "report":
         folder = report_folder(recipes.config, recipes.job(stage, shard))
         yield str(folder), _item(shard, recipes.config.run, (folder / "index.html").exists())
@@ -102,7 +110,7 @@ def _items(recipes: Recipes, stage: str, shard: str, neighbours: Neighbours | No
         yield "backbone", _item(shard, "backbone", recipes.backbone.path.exists())
 
 
-def _item(job: str, of: str, exists: bool, thing: SampleSet | Training | None = None) -> Item:
+def _item(job: str, of: str, exists: bool, thing: SampleSet | Training | Labels | None = None) -> Item:
     return Item(job, of, exists, None if exists else "not made yet", thing)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from workflow_scripts.errors import StoreError
+from workflow_scripts.evaluation.soft_labels import RECORD, SoftLabels
 from workflow_scripts.recipes import CLASS_STAGES, Recipes
 from workflow_scripts.stages.export import CARD, class_checksum
 from workflow_scripts.stages.worker import progress
@@ -25,7 +26,7 @@ def verify(recipes: Recipes) -> list[str]:
     Returns:
         one line per thing that was wrong.
     """
-    found = [*_results(recipes), *_sets(recipes), *_scores(recipes)]
+    found = [*_results(recipes), *_sets(recipes), *_teachers(recipes), *_labels(recipes), *_scores(recipes)]
     return found + list(_manifests(recipes.config.results))
 
 
@@ -62,6 +63,49 @@ def _sets(recipes: Recipes) -> Iterator[str]:
                 yield f"{folder}: {', '.join(bad[:5])} damaged. Set aside in {_set_aside(recipes, folder)}"
 
 
+def _teachers(recipes: Recipes) -> Iterator[str]:
+    for protocol in recipes.soft_protocols:
+        record, weights = recipes.teacher_record(protocol), recipes.teacher_weights(protocol)
+        fitted = [weights] if recipes.teacher(protocol).fit is not None else []
+        for path, whole in ((record, _is_record), *((path, _is_safetensors) for path in fitted)):
+            if path.exists() and not whole(path):
+                yield f"{path}: damaged. Set aside in {_set_aside(recipes, path)}"
+
+
+def _is_record(path: Path) -> bool:
+    try:
+        record = json.loads(path.read_text())
+        return bool(record["digest"] == digest(record["recipe"]))
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Say whether a file is as long as its header says; it has no checksum."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def _labels(recipes: Recipes) -> Iterator[str]:
+    for labels in recipes.labels.values():
+        path = recipes.labels_path(labels)
+        if not path.exists() or not (path / RECORD).exists():
+            continue
+        stored = SoftLabels(path)
+        try:
+            if stored.record()["digest"] != recipes.labels_digest(labels):
+                raise StoreError("it is that of other labels")
+            for epoch in range(stored.record()["epochs"]):
+                stored.epoch(epoch)
+        except (StoreError, OSError, ValueError, KeyError):
+            yield f"{path}: damaged. Set aside in {_set_aside(recipes, path)}"
+
+
 def _scores(recipes: Recipes) -> Iterator[str]:
     """Compare what scores and measurements say that they are of with what this run wants."""
     wanted = {
@@ -89,6 +133,7 @@ def _manifests(results: Path) -> Iterator[str]:
         try:
             content = json.loads(path.read_text())
             named = [f"store/{entry['place']}" for entry in content.get("results", ())]
+            named += [*content.get("files", ())]
             named += [entry["folder"] for entry in content.get("sets", ())]
             named += [*content.get("scores", ()), *(content[key] for key in ("report", "path") if key in content)]
             lost = [results / place for place in named if not (results / place).exists()]

@@ -40,7 +40,7 @@ def summary(data: ReportData, boards: Sequence[tables.Board], duration: str) -> 
         protocol = f" under {board.protocol}" if several else ""
         led.append(f"{cell.mean:.1f} %{interval} at IPC {board.ipc}{protocol} with {leader}")
     compared = leaders[0][0].compared
-    count = len(leaders[0][0].columns) - 1
+    count = len(leaders[0][0].averaged)
     nets = (
         f"averaged over {count} architectures" if compared == tables.AVERAGE else f"of {data.architectures[compared]}"
     )
@@ -206,7 +206,8 @@ def literature(data: ReportData, boards: Sequence[tables.Board], rows: Sequence[
     conditions = []
     for board in boards:
         changes = data.protocol_changes.get(board.protocol, ())
-        protocol = f"{board.protocol} with another {join(changes)}" if changes else board.protocol
+        preset = data.presets.get(board.protocol, board.protocol)
+        protocol = f"{preset} with another {join(changes)}" if changes else preset
         for column in board.columns:
             if column != tables.AVERAGE:
                 condition = (str(subset), protocol, data.architectures[column], board.ipc)

@@ -215,9 +215,10 @@ class ReportData:
     """Everything that the report of one run shows.
 
     ``architectures`` maps the key that scores use to the name that readers see. ``protocols`` maps a protocol's name to
-    its settings, ``protocol_changes`` to those that are not as published. Methods are drawn and listed in the order given.
-    ``baselines`` are the methods that the others are compared with in the leaderboard; those that the run does not hold are
-    ignored. ``confusions`` and ``pairs`` may be of some methods only.
+    its settings, ``presets`` to the published protocol that it is, and ``protocol_changes`` to the settings that are not as
+    published. Methods are drawn and listed in the order given. ``baselines`` are the methods that the others are compared with
+    in the leaderboard; those that the run does not hold are ignored. ``summarised`` are keys of ``architectures`` that are
+    means over others, which no average counts again. ``confusions`` and ``pairs`` may be of some methods only.
 
     Raises:
         ValueError: a score, sheet or map names a run, method, IPC or architecture that the report does not list.
@@ -241,12 +242,14 @@ class ReportData:
     confusions: tuple[Confusion, ...] = ()
     sets: tuple[SetRecord, ...] = ()
     digests: Mapping[str, str] = field(default_factory=dict)
+    presets: Mapping[str, str] = field(default_factory=dict)
     protocol_changes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     skipped_images: tuple[SkippedImage, ...] = ()
     config_text: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     baselines: tuple[str, ...] = ("random", "dit")
+    summarised: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         methods = {method.name for method in self.methods}

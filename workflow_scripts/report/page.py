@@ -162,6 +162,7 @@ def render(data: ReportData) -> Page:
     names = [method.name for method in data.methods]
     styles = figures.method_styles(names)
     boards = tables.boards(data)
+    trained = [score for score in data.scores if score.architecture not in data.summarised]
     compute_seconds = sum(stage.seconds for stage in data.stage_times)
     longest = max((stage.seconds for stage in data.stage_times), default=0.0) or 1.0
     environment = jinja2.Environment(
@@ -196,7 +197,8 @@ def render(data: ReportData) -> Page:
         score_architectures=tables.architectures_of(data),
         set_count=len({score.set_digest for score in data.scores}),
         compute_seconds=compute_seconds,
-        training_seconds=sum(score.seconds for score in data.scores),
+        trained=trained,
+        training_seconds=sum(score.seconds for score in trained),
         train_counts=_count_range(data.dataset.train_counts),
         test_counts=_count_range(data.dataset.test_counts),
         accuracy_groups=_accuracy_groups(data, boards, styles, pad),

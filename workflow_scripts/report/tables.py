@@ -99,6 +99,7 @@ class Board:
     ipc: int
     methods: tuple[str, ...]
     columns: tuple[str, ...]
+    averaged: tuple[str, ...]
     baselines: tuple[str, ...]
     compared: str
     cells: Mapping[tuple[str, str, str], Cell]
@@ -137,25 +138,20 @@ def collect(data: ReportData, protocol: str, ipc: int, column: str, metric: str)
     In the average column each seed and repeat contributes its mean over the architectures, provided that all of them were
     trained, so that the level of sets stays one of sets.
     """
-    architectures = architectures_of(data)
-    needed = len(architectures) if column == AVERAGE else 1
+    counted = averaged(data, protocol) if column == AVERAGE else [column]
     grouped: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
     sets: dict[str, dict[Hashable, Hashable]] = defaultdict(dict)
     for score in data.scores:
         value = _READ[metric](score)
-        if (
-            (score.protocol, score.ipc) == (protocol, ipc)
-            and column in (AVERAGE, score.architecture)
-            and value is not None
-        ):
+        if (score.protocol, score.ipc) == (protocol, ipc) and score.architecture in counted and value is not None:
             grouped[score.method][score.seed, score.repeat].append(value)
             sets[score.method][score.seed] = score.set_digest
     found: dict[str, Scores] = {}
     for method in (info.name for info in data.methods):
         by_seed: dict[Hashable, list[float]] = defaultdict(list)
         for (seed, _), values in grouped.get(method, {}).items():
-            if len(values) == needed:
-                by_seed[seed].append(sum(values) / needed)
+            if len(values) == len(counted):
+                by_seed[seed].append(sum(values) / len(counted))
         if by_seed:
             found[method] = Scores(by_seed, sets[method])
     return found
@@ -163,17 +159,9 @@ def collect(data: ReportData, protocol: str, ipc: int, column: str, metric: str)
 
 def boards(data: ReportData) -> list[Board]:
     """Arrange the leaderboard in one table per protocol and IPC, and compare within each column."""
-    columns = architectures_of(data)
-    if len(columns) > 1:
-        columns = (*columns, AVERAGE)
     trained = {(score.protocol, score.ipc) for score in data.scores}
     protocols = dict.fromkeys(score.protocol for score in data.scores)
-    return [
-        _board(data, protocol, ipc, columns)
-        for protocol in protocols
-        for ipc in data.ipcs
-        if (protocol, ipc) in trained
-    ]
+    return [_board(data, protocol, ipc) for protocol in protocols for ipc in data.ipcs if (protocol, ipc) in trained]
 
 
 def warnings(arranged: Iterable[Board]) -> list[tuple[str, str]]:
@@ -309,10 +297,15 @@ def column_title(data: ReportData, column: str) -> str:
     return "Average" if column == AVERAGE else data.architectures[column]
 
 
-def architectures_of(data: ReportData) -> tuple[str, ...]:
-    """The architectures that were trained, in the report's order."""
-    used = {score.architecture for score in data.scores}
+def architectures_of(data: ReportData, protocol: str | None = None) -> tuple[str, ...]:
+    """The architectures that were trained, by a protocol or any, in the report's order."""
+    used = {score.architecture for score in data.scores if protocol in (None, score.protocol)}
     return tuple(key for key in data.architectures if key in used)
+
+
+def averaged(data: ReportData, protocol: str) -> list[str]:
+    """The architectures over which a protocol's average is taken: all that are no means themselves."""
+    return [key for key in architectures_of(data, protocol) if key not in data.summarised]
 
 
 def letters(groups: Sequence[int]) -> str:
@@ -320,7 +313,9 @@ def letters(groups: Sequence[int]) -> str:
     return " ".join(chr(97 + group) if group < 26 else chr(96 + group // 26) + chr(97 + group % 26) for group in groups)
 
 
-def _board(data: ReportData, protocol: str, ipc: int, columns: tuple[str, ...]) -> Board:
+def _board(data: ReportData, protocol: str, ipc: int) -> Board:
+    columns = architectures_of(data, protocol)
+    columns = (*columns, AVERAGE) if len(columns) > 1 else columns
     compared = columns[-1]
     cells: dict[tuple[str, str, str], Cell] = {}
     rankings: dict[str, Ranking] = {}
@@ -351,7 +346,8 @@ def _board(data: ReportData, protocol: str, ipc: int, columns: tuple[str, ...]) 
         for baseline in baselines
         if method != baseline and {(method, compared, metric), (baseline, compared, metric)} <= cells.keys()
     }
-    return Board(protocol, ipc, methods, columns, baselines, compared, cells, differences, rankings)
+    nets = tuple(averaged(data, protocol))
+    return Board(protocol, ipc, methods, columns, nets, baselines, compared, cells, differences, rankings)
 
 
 def interval_of(scores: Scores) -> Interval | None:

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 
-from workflow_scripts.data.imagenet import order_difference, titled
-from workflow_scripts.data.preprocess import load_labelled
-from workflow_scripts.data.sources import BadImage, ImageFolder, Source, Split
+from workflow_scripts.data.sources import BadImage
 from workflow_scripts.errors import DataError
-from workflow_scripts.evaluation.training import train_student
-from workflow_scripts.recipes import Recipes, SampleSet, Training
+from workflow_scripts.evaluation.protocols import Recipe
+from workflow_scripts.evaluation.soft_labels import SoftLabels
+from workflow_scripts.evaluation.training import can_stack, train_students
+from workflow_scripts.recipes import Labels, Recipes, Training
+from workflow_scripts.stages.classifiers import Labelled, load_real, load_set, read_teacher, teacher_top1, train_side
 from workflow_scripts.stages.common import stage_main
-from workflow_scripts.stages.export import CARD
 from workflow_scripts.stages.worker import Loop, environment, pick_device
-from workflow_scripts.store.digests import digest
+from workflow_scripts.store.digests import PREFIX, digest
 from workflow_scripts.store.files import write_atomically
 
-Labelled = tuple[torch.Tensor, torch.Tensor]
+STUDENTS_AT_ONCE = 8
+SMALL = 64 * 64 * 64
+"""Most pixels per batch with which a student leaves much of a GPU idle."""
 
 
 def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
@@ -31,15 +34,12 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     missing = [training for training in trainings if not recipes.training_path(training).exists()]
 
     @cache
-    def test_images() -> tuple[Labelled, list[BadImage]]:
-        skipped: list[BadImage] = []
-        return load_test(recipes, skipped), skipped
+    def inputs() -> Inputs:
+        return Inputs(recipes, pick_device(recipes.config.compute.device))
 
-    def compute(missing: Iterator[Training]) -> Iterator[tuple[Training, dict[str, Any]]]:
-        device = pick_device(recipes.config.compute.device)
-        test, skipped = test_images()
-        for training in missing:
-            yield training, evaluate(recipes, training, load_set(recipes, training.set), test, skipped, device)
+    def compute(waiting: Iterator[Training]) -> Iterator[tuple[Training, dict[str, Any]]]:
+        for group in _groups(recipes, waiting, inputs().device):
+            yield from evaluate(recipes, group, inputs())
 
     def commit(made: tuple[Training, dict[str, Any]], _: float) -> None:
         write_atomically(recipes.training_path(made[0]), json.dumps(made[1]))
@@ -58,81 +58,116 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     return {"scores": [str(recipes.training_path(t).relative_to(recipes.config.results)) for t in trainings]}
 
 
-def evaluate(
-    recipes: Recipes,
-    training: Training,
-    train: Labelled,
-    test: Labelled,
-    skipped: Sequence[BadImage],
-    device: torch.device,
-) -> dict[str, Any]:
-    """Train one classifier and return its score, with everything that determines it."""
-    recipe = recipes.training_recipe(training)
-    score = train_student(recipes.student(training), *train, *test, device=device)
-    return {
-        "digest": digest(recipe),
-        "recipe": recipe,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        **environment(str(device)),
-        "top1_best": score.top1_best,
-        "top1_last": score.top1_last,
-        "top5_last": score.top5_last,
-        "best_epoch": score.best_epoch,
-        "epochs": score.epochs,
-        "images_seen": score.images_seen,
-        "seconds": score.seconds,
-        "curve": score.curve,
-        "skipped": [{"class": bad.class_name, "path": bad.path, "reason": bad.reason} for bad in skipped],
-    }
+class Inputs:
+    """What trainings read, each once as long as it stays the same."""
 
+    def __init__(self, recipes: Recipes, device: torch.device):
+        self.recipes = recipes
+        self.device = device
+        self.skipped: list[BadImage] = []
+        self._kept: dict[str, tuple[Any, Any]] = {}
 
-def load_set(recipes: Recipes, wanted: SampleSet) -> Labelled:
-    """Read an exported set, after checking that it is the one that is meant and that its class order is the run's.
+    def test(self, recipe: Recipe) -> Labelled:
+        """Read the real test images."""
 
-    Raises:
-        DataError: naming the first class that is another one, or the classes that have too few or too many images.
-    """
-    folder = recipes.set_directory(wanted)
-    try:
-        card = json.loads((folder / CARD).read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{folder / CARD}: cannot be read ({error}). Run `stillhouse verify`, then the same command again."
-        ) from None
-    remedy = "Run `stillhouse verify`, which sets the folder aside, then the same command again."
-    if (difference := order_difference(recipes.classes, card["classes"])) is not None:
-        raise DataError(f"{folder / CARD}: has the classes in another order than this run: {difference}. {remedy}")
-    if card["digest"] != recipes.set_digest(wanted):
-        raise DataError(f"{folder / CARD}: is of another set than this run's. {remedy}")
-    source = ImageFolder(folder, folder)
-    counts = {name: len(source.entries(name, "train")) for name in recipes.classes}
-    if wrong := [f"{titled(name)} has {count}" for name, count in counts.items() if count != wanted.ipc]:
-        more = f", and {len(wrong) - 5} more classes" if wrong[5:] else ""
-        raise DataError(
-            f"{folder}: should hold {wanted.ipc} images of each class, but {', '.join(wrong[:5])}{more}. {remedy}"
+        def read() -> Labelled:
+            self.skipped = []
+            return load_real(self.recipes, "test", recipe.resolution, self.skipped, recipe.test_resize)
+
+        return self._keep("test", (recipe.resolution, recipe.test_resize), read)
+
+    def set(self, training: Training, recipe: Recipe) -> Labelled:
+        """Read an exported set; students of one set share it."""
+        key = (training.set, train_side(self.recipes, recipe))
+        return self._keep(f"set {training.set.seed}", key, lambda: load_set(self.recipes, *key))
+
+    def teacher(self, protocol: str, recipe: Recipe) -> torch.nn.Module:
+        """Load a protocol's teacher."""
+        return self._keep(
+            "teacher", protocol, lambda: read_teacher(self.recipes, protocol, recipe.resolution, self.device)
         )
-    return _read(recipes, source, "train")
+
+    def _keep(self, place: str, key: Any, read: Callable[[], Any]) -> Any:
+        if place not in self._kept or self._kept[place][0] != key:
+            self._kept.pop(place, None)  # make room before the next is read
+            self._kept[place] = (key, read())
+        return self._kept[place][1]
 
 
-def load_test(recipes: Recipes, skipped: list[BadImage]) -> Labelled:
-    """Read the real test images; with ``on_bad_image: skip`` those that cannot be read are added to ``skipped``."""
-    skip = recipes.config.dataset.on_bad_image == "skip"
-    return _read(recipes, recipes.catalog.source, "test", skipped.append if skip else None)
+def _groups(recipes: Recipes, trainings: Iterable[Training], device: torch.device) -> Iterator[list[Training]]:
+    """Part trainings, in order, into those that share their steps: of one recipe but for the seed, small, on a GPU."""
+    configured = recipes.config.compute.students_at_once
+    group: list[Training] = []
+    for training in trainings:
+        recipe = recipes.student(training)
+        small = device.type == "cuda" and recipe.batch_size * recipe.resolution**2 <= SMALL
+        most = configured or (STUDENTS_AT_ONCE if small else 1)
+        first = recipes.student(group[0]) if group else recipe
+        if group and (
+            len(group) >= most
+            or training.protocol != group[0].protocol
+            or replace(recipe, seed=first.seed) != first
+            or not can_stack(recipe)
+            or (recipe.target == "stored" and training.set != group[0].set)
+        ):
+            yield group
+            group = []
+        group.append(training)
+    if group:
+        yield group
 
 
-def _read(recipes: Recipes, source: Source, split: Split, on_bad: Callable[[BadImage], None] | None = None) -> Labelled:
-    """Read a split at the evaluation's resolution: uint8 (n, 3, R, R), and labels (n,) in the run's order."""
-    settings = recipes.config.evaluation
-    pixels, labels = load_labelled(
-        source,
-        {name: source.entries(name, split) for name in recipes.classes},
-        resolution=settings.resolution,
-        crop="resize",
-        resample=settings.resample,
-        workers=recipes.config.compute.workers,
-        on_bad=on_bad,
-    )
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+def evaluate(recipes: Recipes, group: Sequence[Training], inputs: Inputs) -> Iterator[tuple[Training, dict[str, Any]]]:
+    """Train classifiers at once and yield their scores, each with everything that determines it."""
+    students = [recipes.student(training) for training in group]
+    first, recipe, device = group[0], students[0], inputs.device
+    soft: dict[str, Any] = {}
+    if recipe.target == "teacher":
+        soft["teacher"] = inputs.teacher(first.protocol, recipe)
+    elif recipe.target == "stored":
+        soft["soft"] = SoftLabels(recipes.labels_path(Labels(first.set, first.protocol)))
+    test = inputs.test(recipe)
+    name = digest([recipes.training_recipe(training) for training in group])[:PREFIX]
+    checkpoint = recipes.store.root / "evaluate.checkpoints" / f"{name}.safetensors"
+    try:
+        scores = train_students(
+            students,
+            [inputs.set(training, recipe) for training in group],
+            test,
+            device=device,
+            compiled=recipes.config.compute.compile and device.type == "cuda",
+            checkpoint=checkpoint,
+            **soft,
+        )
+    except ValueError as error:
+        made = first.set
+        raise DataError(
+            f"{made.method} IPC {made.ipc} seed {made.seed}, {first.architecture.name} by {first.protocol}: {error}"
+        ) from error
+    for training, score in zip(group, scores, strict=True):
+        determined = recipes.training_recipe(training)
+        record = {
+            "digest": digest(determined),
+            "recipe": determined,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **environment(str(device)),
+            "protocol": training.protocol,
+            "teacher_top1": teacher_top1(recipes, training.protocol) if recipe.target != "hard" else None,
+            "top1_best": score.top1_best,
+            "top1_last": score.top1_last,
+            "top5_last": score.top5_last,
+            "best_epoch": score.best_epoch,
+            "epochs": score.epochs,
+            "images_seen": score.images_seen,
+            "seconds": score.seconds,
+            "students_at_once": len(group),
+            "curve": score.curve,
+            "class_top1": score.class_top1,
+            "confusion": score.confusion,
+            "skipped": [{"class": bad.class_name, "path": bad.path, "reason": bad.reason} for bad in inputs.skipped],
+        }
+        yield training, record
+    checkpoint.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

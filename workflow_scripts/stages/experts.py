@@ -14,7 +14,7 @@ import torch
 
 from workflow_scripts.diffusion.noise import stream
 from workflow_scripts.errors import DataError
-from workflow_scripts.methods.dsa import draw
+from workflow_scripts.evaluation.dsa import draw
 from workflow_scripts.methods.matching import FlatNetwork, flatten, normalised, student, to_pixels
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import stage_main

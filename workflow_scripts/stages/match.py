@@ -25,7 +25,7 @@ from workflow_scripts.diffusion.backbone import Autoencoder, Denoiser
 from workflow_scripts.diffusion.noise import batch_noise, stream
 from workflow_scripts.errors import DataError
 from workflow_scripts.evaluation.augment import IMAGENET_MEAN
-from workflow_scripts.methods.dsa import draw
+from workflow_scripts.evaluation.dsa import draw
 from workflow_scripts.methods.ld3m import Synthesiser
 from workflow_scripts.methods.matching import (
     LEGACY_MEAN,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import yaml
 
-from workflow_scripts.config import CoresetMethod, DiffusionMethod, Evaluation
+from workflow_scripts.config import Architecture, CoresetMethod, DiffusionMethod, Evaluation, ProtocolSettings
 from workflow_scripts.data.imagenet import class_title, subset_classes, subset_names
 from workflow_scripts.evaluation.architectures import display_name
 from workflow_scripts.methods.registry import ClassInputs, prototypes_of
@@ -65,16 +65,16 @@ def gather(recipes: Recipes) -> ReportData:
     """Read everything that the report shows."""
     config = recipes.config
     trainings = [t for method in config.compare for ipc in config.ipc for t in recipes.trainings(method, ipc)]
-    settings = config.evaluation
-    keys = {_key(architecture): architecture for architecture in settings.architectures}
-    example = recipes.student(trainings[0])
-    scores, skipped, devices = [], set(), {}
+    rows: dict[Training, ScoreRow] = {}
+    skipped, devices = set(), {}
     for training in trainings:
         record = json.loads(recipes.training_path(training).read_text())
-        scores.append(_score(recipes, training, record))
+        rows[training] = _score(recipes, training, record)
         skipped |= {(bad["class"], bad["path"], bad["reason"]) for bad in record["skipped"]}
         devices["evaluate"] = record["device"]
+    scores = list(rows.values())
     seconds = _Seconds(recipes)
+    evaluation = config.evaluation
     dataset = config.dataset
     measured, pairs = _measured(recipes)
     return ReportData(
@@ -94,15 +94,12 @@ def gather(recipes: Recipes) -> ReportData:
             for name, method in config.compared().items()
         ),
         ipcs=config.ipc,
-        architectures={
-            key: display_name(a.name, resolution=settings.resolution, width=a.width) for key, a in keys.items()
-        },
-        scores=tuple(scores),
-        protocols={
-            settings.protocol: {f.name: getattr(example, f.name) for f in fields(example) if f.name not in _VARYING}
-            | {"epochs": {ipc: recipes.epochs(ipc) for ipc in config.ipc}}
-        },
-        protocol_changes={settings.protocol: _protocol_changes(settings)},
+        architectures=_architectures(recipes),
+        summarised=(UNSEEN,),
+        scores=(*scores, *_unseen_means(recipes, rows)),
+        protocols={name: _protocol(recipes, name) for name in evaluation.protocols},
+        presets={name: _preset(evaluation, name) for name in evaluation.protocols},
+        protocol_changes={name: _protocol_changes(evaluation, name) for name in evaluation.protocols},
         stage_times=(*seconds.stage_times(), _evaluation_time(scores, devices)),
         sheets=tuple(_sheet(recipes, method, ipc) for method in config.compare for ipc in config.ipc),
         maps=tuple(
@@ -133,17 +130,80 @@ def gather(recipes: Recipes) -> ReportData:
     )
 
 
-_VARYING = {"architecture", "width", "epochs", "seed", "classes"}
+_VARYING = {"architecture", "width", "epochs", "batch_size", "learning_rate", "seed", "classes"}
+_BY_CASE = ("epochs", "batch_size", "learning_rate")
+UNSEEN = "unseen"
+"""Key of the pseudo-architecture that has the mean over a cross-architecture protocol's unseen students."""
 
 
-# Settings of an evaluation that do not make it another protocol.
-_FREE = {"protocol", "architectures", "repeats", "trainings_per_job", "set_metrics", "inception"}
+def _protocol(recipes: Recipes, protocol: str) -> dict[str, Any]:
+    """Return a protocol's values as used; those that vary by IPC or student are mappings."""
+    architecture, ipcs = recipes.architectures(protocol)[0], recipes.config.ipc
+    example = recipes.student(Training(SampleSet(recipes.config.compare[0], ipcs[0], 0), architecture, 0, protocol))
+    values = {f.name: getattr(example, f.name) for f in fields(example) if f.name not in _VARYING}
+    for key in _BY_CASE:
+        by_student = {
+            student.name: {ipc: recipes.protocol_values(protocol, student.name, ipc)[key] for ipc in ipcs}
+            for student in recipes.architectures(protocol)
+        }
+        one, *others = by_student.values()
+        values[key] = one if all(other == one for other in others) else by_student
+    return values
 
 
-def _protocol_changes(settings: Evaluation) -> tuple[str, ...]:
+def _architectures(recipes: Recipes) -> dict[str, str]:
+    """Return each student's name in print by its key."""
+    shown = {}
+    for protocol in recipes.config.evaluation.protocols:
+        for student in recipes.architectures(protocol):
+            title = display_name(student.name, resolution=_resolution(recipes, protocol, student), width=student.width)
+            shown[_key(recipes, protocol, student)] = title
+        if unseen := _unseen(recipes, protocol):
+            shown[UNSEEN] = f"mean of {len(unseen)} unseen"
+    return shown
+
+
+def _resolution(recipes: Recipes, protocol: str, student: Architecture) -> int:
+    resolution: int = recipes.protocol_values(protocol, student.name, recipes.config.ipc[0])["resolution"]
+    return resolution
+
+
+def _unseen(recipes: Recipes, protocol: str) -> list[Architecture]:
+    names = recipes.config.evaluation.preset(protocol).unseen
+    return [student for student in recipes.architectures(protocol) if student.name in names]
+
+
+def _unseen_means(recipes: Recipes, rows: Mapping[Training, ScoreRow]) -> list[ScoreRow]:
+    """Return, for cross-architecture protocols, a row per set and repeat with the mean of the unseen students."""
+    means = []
+    for training, row in rows.items():
+        unseen = _unseen(recipes, training.protocol)
+        if unseen and training.architecture == unseen[0]:
+            others = [rows[replace(training, architecture=student)] for student in unseen]
+            mean = {
+                key: sum(getattr(other, key) for other in others) / len(others)
+                for key in ("top1_best", "top1_last", "top5_last")
+            }
+            total = {key: sum(getattr(other, key) for other in others) for key in ("images_seen", "seconds")}
+            means.append(replace(row, architecture=UNSEEN, curve=(), per_class=(), **mean, **total))
+    return means
+
+
+# What may be set for a protocol without making it another one.
+_FREE = {"architectures", "repeats", "teacher", "label_seed", "dtype"}
+
+
+def _preset(evaluation: Evaluation, protocol: str) -> str:
+    own = evaluation.settings.get(protocol)
+    return protocol if own is None or own.preset is None else own.preset
+
+
+def _protocol_changes(evaluation: Evaluation, protocol: str) -> tuple[str, ...]:
     """Name the settings that are not as published."""
-    defaults = {name: info.default for name, info in Evaluation.model_fields.items() if name not in _FREE}
-    return tuple(name for name, default in defaults.items() if getattr(settings, name) != default)
+    published = evaluation.preset(protocol).values
+    chosen = {key: evaluation.value(protocol, key) for key in ProtocolSettings.model_fields if key not in _FREE}
+    changed = [key for key, value in chosen.items() if value is not None and value != published.get(key)]
+    return tuple(changed) if evaluation.resample == "bilinear" else (*changed, "resample")
 
 
 def _same_classes(recipes: Recipes) -> str | None:
@@ -217,8 +277,15 @@ def _confusions(recipes: Recipes, trainings: list[Training], scores: list[ScoreR
     return tuple(found)
 
 
-def _key(architecture: Any) -> str:
-    return architecture.name if architecture.width is None else f"{architecture.name}-w{architecture.width}"
+def _key(recipes: Recipes, protocol: str, student: Architecture) -> str:
+    """Return a student's key, which names the resolution if the run's protocols have it at several."""
+    key = student.name if student.width is None else f"{student.name}-w{student.width}"
+    sizes = {
+        _resolution(recipes, name, student)
+        for name in recipes.config.evaluation.protocols
+        if student in recipes.architectures(name)
+    }
+    return f"{key}-{_resolution(recipes, protocol, student)}px" if len(sizes) > 1 else key
 
 
 def _score(recipes: Recipes, training: Training, record: Mapping[str, Any]) -> ScoreRow:
@@ -228,12 +295,12 @@ def _score(recipes: Recipes, training: Training, record: Mapping[str, Any]) -> S
         method=wanted.method,
         ipc=wanted.ipc,
         seed=wanted.seed,
-        protocol=recipes.config.evaluation.protocol,
-        architecture=_key(training.architecture),
+        protocol=training.protocol,
+        architecture=_key(recipes, training.protocol, training.architecture),
         repeat=training.repeat,
         set_digest=recipes.set_digest(wanted),
         curve=tuple((int(epoch), float(top1)) for epoch, top1 in record["curve"]),
-        per_class=tuple(record.get("per_class") or ()),
+        per_class=tuple(record.get("class_top1") or ()),
         teacher_top1=record.get("teacher_top1"),
         **{key: record[key] for key in ("top1_best", "top1_last", "top5_last", "epochs", "images_seen", "seconds")},
     )

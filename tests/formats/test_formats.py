@@ -285,9 +285,9 @@ def test_many_classes_are_not_listed_on_the_card(tmp_path: Path) -> None:
 def test_the_loading_example_of_each_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the card shows is what a reader types."""
     monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
-    monkeypatch.setitem(os.environ, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for package in ("datasets", "webdataset"):
         pytest.importorskip(package)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     formats: tuple[Any, ...] = ("imagefolder", "webdataset", "huggingface")
     for format in formats:
         write(image_set(), format, tmp_path / format)

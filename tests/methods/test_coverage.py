@@ -14,6 +14,7 @@ from workflow_scripts.config import DiffusionMethod
 from workflow_scripts.diffusion.schedule import Grid
 from workflow_scripts.methods.modes import Modes, Tree, grow_tree, kmeans
 from workflow_scripts.methods.registry import ClassInputs, needs_pool, prepare_rows
+from workflow_scripts.stages.memory import Batch
 from workflow_scripts.stages.sample import sample_results
 from workflow_scripts.store.results import Result
 
@@ -62,7 +63,7 @@ def covered(options: dict[str, object]) -> list[int]:
     denoiser = Mixture([CENTRES], STD, raw=0.0)
     pool = (lambda name: flat) if needs_pool(method) else None
     found = []
-    for _, latents in sample_results(denoiser, method, results, prepare, 64, fixed_shape=False, latents_of=pool):
+    for _, latents in sample_results(denoiser, method, results, prepare, Batch(64), fixed_shape=False, latents_of=pool):
         distances = torch.cdist(latents.double().flatten(1), CENTRES.flatten(1))
         assert float(distances.min(1).values.max()) < STD * (D**0.5 + 8), "every image lies at some mode"
         found.append(len(set(distances.argmin(1).tolist())))

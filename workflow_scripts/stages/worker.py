@@ -40,6 +40,7 @@ PACKAGES = ("stillhouse", "torch", "diffusers", "numpy", "scikit-learn", "zarr")
 POLL = 2.0
 # So many failures before the first success are the fault of the job, not of its results.
 HOPELESS = 3
+TOLD = 10  # failures that a message lists
 
 
 def run_shard(
@@ -133,7 +134,7 @@ class Loop(Generic[T]):
         self._done = 0
         self._suspects: deque[list[T]] = deque()  # tried last, in ever smaller groups
         self._elsewhere: list[T] = []
-        self._failed: dict[str, str] = {}  # what to tell of those that cannot be made, by place
+        self._failed: dict[str, StillhouseError] = {}  # what to tell of those that cannot be made, by place
         self._before_success: list[str] = []  # places that failed before anything succeeded
 
     def run(self, missing: list[T], total: int, compute: Callable[[Iterator[T]], Iterable[Any]]) -> None:
@@ -166,8 +167,10 @@ class Loop(Generic[T]):
                 f"stopped in good order, because {NOTICE.reason()}: {len(left)} of {total} results are left. "
                 "The same command goes on there."
             )
-        if self._failed:
-            raise StillhouseError("\n".join(self._failed.values()))
+        errors = list(self._failed.values())
+        if errors:
+            more = [f"... and {len(errors) - TOLD} more"] if len(errors) > TOLD else []
+            raise errors[0] if len(errors) == 1 else StillhouseError("\n".join([*map(str, errors[:TOLD]), *more]))
 
     def _round(
         self,
@@ -264,19 +267,20 @@ class Loop(Generic[T]):
         if not items or self._together:
             raise error
         counted = len(items) == 1
-        mendable = isinstance(error, StillhouseError)  # by the user; then it is to be tried again without further ado
-        if not mendable:
+        # What the user can mend is to be tried again without further ado.
+        mendable = error if isinstance(error, StillhouseError) else None
+        if mendable is None:
             traceback.print_exception(error)
         for item in items:
             place = self._place(item)
-            if mendable:
+            if mendable is not None:
                 self._tell_failure(item, str(error), counted)
             else:
                 self._tell_failure(item, self._attempts.add(place, error, counted=counted)[-1].error, counted)
-            if mendable and counted:
-                if str(error) in self._failed.values():
-                    raise error  # the same of two results is the fault of neither
-                self._failed[place] = str(error)
+            if mendable is not None and counted:
+                if str(mendable) in map(str, self._failed.values()):
+                    raise mendable  # the same of two results is the fault of neither
+                self._failed[place] = mendable
             elif counted:
                 self._give_up_if_hopeless(place, error)
         again = [item for item in items if self._place(item) not in self._failed and not self._set_aside(item)]
@@ -317,7 +321,7 @@ class Loop(Generic[T]):
         if count < self._limit:
             return False
         path = self._attempts.path(self._place(item))
-        self._failed[self._place(item)] = (
+        self._failed[self._place(item)] = StillhouseError(
             f"{self._name(item)} is set aside after {count} failed attempts: {failures[-1].error} (traceback: {path}). "
             "`stillhouse retry` lets it be tried again."
         )

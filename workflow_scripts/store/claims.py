@@ -79,18 +79,23 @@ class Claims:
             return True
         for _ in range(2):
             try:
-                with path.open("x") as file:
-                    file.write(json.dumps(content))
+                file = path.open("x")
             except FileExistsError:
                 if (left := self._left(path)) is None:
                     return False
                 self._remove(path)
+                continue
             except OSError:
                 return True
-            else:
-                with self._lock:
-                    self._held[place] = content
+            try:
+                with file:
+                    file.write(json.dumps(content))
+            except OSError:
+                self._remove(path)
                 return left or True
+            with self._lock:
+                self._held[place] = content
+            return left or True
         return False
 
     def release(self, place: str) -> None:

@@ -207,6 +207,7 @@ def literature(data: ReportData, boards: Sequence[tables.Board], rows: Sequence[
     for board in boards:
         changes = data.protocol_changes.get(board.protocol, ())
         preset = data.presets.get(board.protocol, board.protocol)
+        preset = published.NAMES.get(preset, preset)
         protocol = f"{preset} with another {join(changes)}" if changes else preset
         for column in board.columns:
             if column != tables.AVERAGE:

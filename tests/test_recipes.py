@@ -399,9 +399,13 @@ def test_imagenet_can_be_planned(
         print(
             f" [1000 classes, {sum(job.items for job in jobs)} results in {len(jobs)} jobs: {seconds:.1f} s] ", end=""
         )
-    counts = {stage: len(support.jobs_of(recipes, stage)) for stage in (*CLASS_STAGES, "export", "evaluate", "report")}
+    counts = {
+        stage: len(support.jobs_of(recipes, stage))
+        for stage in (*CLASS_STAGES, "export", "evaluate", "measure", "report")
+    }
     assert counts == {
         "encode": 32,
+        "features": 0,
         "cluster": 32,
         "invert": 32,
         "experts": 0,
@@ -409,6 +413,7 @@ def test_imagenet_can_be_planned(
         "match": 0,
         "export": 6,
         "evaluate": 18,
+        "measure": 6,
         "report": 1,
     }
     assert sum(job.items for job in support.jobs_of(recipes, "sample")) == 6 * 3 * 3 * 1000

@@ -138,7 +138,7 @@ def test_an_image_more_recomputes_its_class_and_what_follows(copied: Site) -> No
     assert methods_of(copied, done.places) == set(SEES_IMAGES)
     assert len(done.scores) == len(SEES_IMAGES) * 4
     assert {shard for stage, shard in done.jobs if stage == "export"} == set(SEES_IMAGES)
-    assert done.stages() == {"encode", "cluster", "invert", "sample", "export", "evaluate", "report"}
+    assert done.stages() == {"encode", "cluster", "invert", "sample", "export", "evaluate", "measure", "report"}
     assert support.stored(copied.results).items() >= before.items(), "what was there stays as it was"
 
     (copied.train / "bee" / "new.png").unlink()

@@ -295,6 +295,10 @@ class Progress:
             for made in recipes.sets(shard):
                 name = f"{made.method} IPC {made.ipc} seed {made.seed}"
                 yield f"datasets/{recipes.set_directory(made).name}", Unit(stage, shard, name, 0)
+        elif stage == "measure":
+            for made in recipes.sets(shard):
+                name = f"{made.method} IPC {made.ipc} seed {made.seed}"
+                yield f"measure/{recipes.measure_path(made).stem}", Unit(stage, shard, name, 0)
         elif stage == "evaluate":
             for training in recipes.trainings_of(shard):
                 yield recipes.training_place(training), Unit(stage, shard, training.name, 0)
@@ -326,13 +330,13 @@ class Progress:
                     listed[folder] = set(os.listdir(self._recipes.store.root / folder))
                 except OSError:
                     listed[folder] = set()
-            return (f"{name}.json" if folder == "evaluate" else name) in listed[folder]
+            return (f"{name}.json" if folder in ("evaluate", "measure") else name) in listed[folder]
 
         self._there = set()
         for job, units in self._made_by:
             if self._whole(job):
                 self._there.update(units)
-            elif job.stage in CLASS_STAGES or job.stage == "evaluate":
+            elif job.stage in (*CLASS_STAGES, "evaluate", "measure"):
                 self._there.update(filter(exists, units))
             elif job.stage == "export":
                 self._there.update(place for place in units if (self._config.results / place).exists())

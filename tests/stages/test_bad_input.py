@@ -254,7 +254,9 @@ def test_a_file_size_limit_stops_a_stage_cleanly(site: Site, programs: Programs)
     before = stored(site.results)
     resolved = site.resolved(FEW)
     ended = programs.stage("sample", "--resolved", resolved, "--shard", "mgd3-000", biggest_file=600).wait()
-    lines = [line for line in ended.stderr.splitlines() if "result/s]" not in line]  # the modes are not there yet
+    lines = [
+        line for line in ended.stderr.splitlines() if line and "result/s]" not in line
+    ]  # the modes are not there yet
     assert lines[0].startswith("sample mgd3-000: ")
     assert len(lines) == len(support.CLASSES) * len(config.ipc) * len(config.seeds)
     assert all(f"class {name}" in ended.stderr for name in support.CLASSES)

@@ -66,7 +66,8 @@ def measure_sets(recipes: Recipes, shard: str, sets: list[SampleSet]) -> None:
 
 def set_features(recipes: Recipes, wanted: SampleSet, extract: Extract) -> np.ndarray:
     """Return the features (classes * ipc, d) of a set's images, class by class in label order."""
-    batch, parts = Batch(recipes.config.compute.encode_batch), []
+    batch = Batch(recipes.config.compute.encode_batch)
+    parts: list[np.ndarray] = []
     for name in recipes.classes:
         images = recipes.store.read(recipes.samples(name, wanted), "images").arrays["images"]
         parts += batch.over(images, extract)

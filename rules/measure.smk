@@ -13,7 +13,7 @@ rule measure:
     resources:
         gpu=get_gpu,
         mem_mb=32000,
-        runtime=get_minutes("measure", 10, 1),
+        runtime=get_minutes("measure", 10, 60),
     params:
         resolved=get_resolved,
     message:

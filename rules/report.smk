@@ -1,23 +1,33 @@
+# Snakemake's own report (snakemake --report FILE) holds what is marked with report() here.
+REPORT = f"{RESULTS}/{RUN.run}/reports/{{digest}}"
+
+
 rule report:
     input:
-        get_needed("report"),
+        [ancient(RESULTS / PLAN.job(*other).manifest) for other in PLAN.job("report", "report").needs],
     output:
-        manifest("report"),
+        manifest=f"{RESULTS}/manifests/report/report.{{digest}}.json",
+        page=report(f"{REPORT}/index.html", caption="report.rst", category="Report"),
+        leaderboard=report(f"{REPORT}/leaderboard.csv", caption="report.rst", category="Tables"),
+        comparisons=report(f"{REPORT}/comparisons.csv", caption="report.rst", category="Tables"),
+        figures=report(
+            directory(f"{REPORT}/figures"), patterns=["{name}.svg"], caption="report.rst", category="Figures"
+        ),
     log:
-        log_file("report"),
+        f"{RESULTS}/logs/report/report.{{digest}}.log",
     benchmark:
-        benchmark_file("report")
+        f"{RESULTS}/benchmarks/report/report.{{digest}}.tsv"
     conda:
         "../envs/stillhouse.yaml"
     threads: 1
     resources:
         gpu=0,
         mem_mb=8000,
-        runtime=get_minutes("report", 30, 0),
+        runtime=60,
     params:
         resolved=get_resolved,
     message:
         "Writing the report"
     shell:
-        "exec python -m workflow_scripts.stages.report --resolved {params.resolved:q} --shard {wildcards.shard:q}"
-        " --manifest {output:q} --log {log:q}"
+        "exec python -m workflow_scripts.stages.report --resolved {params.resolved:q} --shard report"
+        " --manifest {output.manifest:q} --log {log:q}"

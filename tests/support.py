@@ -135,7 +135,7 @@ def tiny_run(train: Path, test: Path, backbone: Path) -> dict[str, Any]:
             "trainings_per_job": 100,
         },
         "compute": {"device": "cpu", "workers": 2},
-        "report": {"sheet_images": 2},
+        "report": {"sheet_images": 2, "figure_files": False},
     }
 
 
@@ -251,7 +251,7 @@ def workers() -> dict[str, Callable[[Recipes, str], Mapping[str, Any]]]:
     """The function that does each stage's work."""
     from workflow_scripts import stages
 
-    names = ("fit_backbone", *CLASS_STAGES, "export", "teacher", "relabel", "evaluate", "report")
+    names = ("fit_backbone", *CLASS_STAGES, "export", "teacher", "relabel", "evaluate", "measure", "report")
     return {name: importlib.import_module(f"{stages.__name__}.{name}").work for name in names}
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import support
 import yaml
 from support import Site, stored, tally
 
-STAGES = ("encode", "cluster", "invert", "sample", "export", "evaluate", "report")
+STAGES = ("encode", "cluster", "invert", "sample", "export", "evaluate", "measure", "report")
 # One method that needs every stage: modes as in MGD3, from a Gaussian start as in D3HR.
 METHOD = {
     "kind": "diffusion",
@@ -52,8 +53,9 @@ class Checkout:
         return {stage: manifests.count(stage) for stage in sorted(set(manifests))}
 
     def files(self) -> dict[Path, int]:
-        """Every file of the results, with its modification time."""
-        return {path: path.lstat().st_mtime_ns for path in self.site.results.rglob("*") if not path.is_dir()}
+        """Every file of the results, with its modification time; the configuration's tells when it was last used."""
+        found = (path for path in self.site.results.rglob("*") if not path.is_dir() and path.parent.name != "configs")
+        return {path: path.lstat().st_mtime_ns for path in found}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path, tiny_b
     shutil.copytree(tiny_images, folder, dirs_exist_ok=True)
     site = Site(folder / "train", folder / "test", tiny_backbone, folder / "results")
     run = support.tiny_run(Path("train"), Path("test"), tiny_backbone)
-    run |= {"methods": {"mine": METHOD}, "compare": ["mine"], "ipc": [2], "seeds": [0]}
+    run |= {"methods": {"mine": METHOD}, "compare": ["mine"], "ipc": [2], "seeds": [0], "report": {}}
     (folder / "tiny.yaml").write_text(yaml.safe_dump({"run": "tiny", "runs": {"tiny": run}}))
     return Checkout(folder, site)
 
@@ -83,6 +85,7 @@ def test_a_run_ends_with_its_report(checkout: Checkout, first: subprocess.Comple
     assert first.returncode == 0, first.stdout
     report = checkout.site.results / "tiny" / "report"
     assert (report / "index.html").is_file()
+    assert {path.suffix for path in (report / "figures").iterdir()} >= {".svg", ".pdf"}
     assert "Report: results/tiny/report/index.html" in first.stdout, "it says where the report is"
     with (report / "scores.csv").open(newline="") as file:
         assert [(row["run"], row["method"]) for row in csv.DictReader(file)] == [("tiny", "mine")]
@@ -94,6 +97,14 @@ def test_a_run_ends_with_its_report(checkout: Checkout, first: subprocess.Comple
     assert not support.leftovers(checkout.site.results)
     for kind, suffix in (("logs", "log"), ("benchmarks", "tsv")):
         assert len(list((checkout.site.results / kind).glob(f"*/*.{suffix}"))) == len(STAGES)
+
+
+def test_snakemakes_report_holds_ours(checkout: Checkout, first: subprocess.CompletedProcess[str]) -> None:
+    ended = checkout.snakemake("--report", "all.html")
+    assert ended.returncode == 0, ended.stdout
+    text = (checkout.folder / "all.html").read_text()
+    assert "leaderboard.csv" in text and "index.html" in text and ".svg" in text
+    assert "Distilled data sets of one run" in text, "its caption"
 
 
 def test_a_second_run_starts_no_job_with_or_without_snakemakes_memory(
@@ -130,8 +141,17 @@ def test_shards_change_jobs_and_no_class(checkout: Checkout, first: subprocess.C
 
 
 def test_the_profile_asks_for_what_each_job_needs(checkout: Checkout, first: subprocess.CompletedProcess[str]) -> None:
-    profile = ["--workflow-profile", "slurm_profile", "--forceall", "--config", "compute={device: auto}"]
-    planned, _ = quick(checkout, "--dry-run", *profile)
+    rules = checkout.folder / "rules"
+    rules.unlink()
+    rules.mkdir()
+    for path in (support.ROOT / "rules").iterdir():  # a job with a message does not show its resources
+        (rules / path.name).write_text(re.sub(r"    message:\n.*\n", "", path.read_text()))
+    try:
+        profile = ["--workflow-profile", "slurm_profile", "--forceall", "--config", "compute={device: auto}"]
+        planned, _ = quick(checkout, "--dry-run", *profile)
+    finally:
+        shutil.rmtree(rules)
+        rules.symlink_to(support.ROOT / "rules")
     assert planned.returncode == 0, planned.stdout
     blocks = {block.split(":")[0]: block for block in planned.stdout.split("rule ")[1:]}
     assert blocks.keys() >= set(STAGES)

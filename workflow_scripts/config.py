@@ -826,6 +826,12 @@ class Evaluation(ProtocolSettings):
     resample: Literal["bilinear", "bicubic"] = Field("bilinear", description="how images are scaled to the resolution")
     trainings_per_job: PositiveInt = 1
     dd_ranking: DDRanking | None = None
+    set_metrics: bool = Field(True, description="measure each distilled set against the real images, without training")
+    inception: Path | None = Field(
+        None,
+        description="weights of Inception-v3, for FID and KID: torch-fidelity's or pytorch-fid's file, or torchvision's "
+        "(which give other numbers, called otherwise); default: sets are measured on VAE latents",
+    )
 
     @model_validator(mode="after")
     def _known(self) -> Evaluation:
@@ -894,6 +900,8 @@ class Report(Strict):
     sheet_classes: PositiveInt = 10
     sheet_images: PositiveInt = 10
     map_classes: PositiveInt = 10
+    figure_files: bool = Field(True, description="write the figures as SVG and PDF too, beside the page")
+    pairs: NonNegativeInt = Field(6, description="closest pairs of a synthetic and a real image shown of each method")
 
 
 class RunConfig(Strict):

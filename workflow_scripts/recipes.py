@@ -39,6 +39,7 @@ from workflow_scripts.store.results import Result, Store
 RECIPES = {
     "fit_backbone": 1,
     "encode": 1,
+    "features": 1,
     "cluster": 1,
     "invert": 1,
     "experts": 1,
@@ -48,12 +49,14 @@ RECIPES = {
     "teacher": 1,
     "relabel": 1,
     "evaluate": 2,
-    "report": 1,
+    "measure": 1,
+    "report": 2,
 }
-CLASS_STAGES = ("encode", "cluster", "invert", "experts", "sample", "match")
+CLASS_STAGES = ("encode", "features", "cluster", "invert", "experts", "sample", "match")
 GPU_STAGES = (
     "fit_backbone",
     "encode",
+    "features",
     "invert",
     "experts",
     "sample",
@@ -61,6 +64,7 @@ GPU_STAGES = (
     "teacher",
     "relabel",
     "evaluate",
+    "measure",
 )  # those that use a GPU
 # Of a training, what stored soft labels depend on.
 _LABELLED = (
@@ -306,6 +310,35 @@ class Recipes:
             flip=self.config.encode.flip,
             vae=vae,
             dtype=self.config.compute.dtype,
+        )
+
+    @cached_property
+    def feature_space(self) -> dict[str, str]:
+        """In which features sets are measured: their ``name``, and the identity of the ``weights`` that give them.
+
+        Raises:
+            ConfigError: the weights are not there.
+        """
+        path = self.config.evaluation.inception
+        if path is None:
+            return {"name": "latents", "weights": self.backbone.vae}
+        if not path.is_file():
+            raise ConfigError(
+                f"evaluation.inception: got {path}, which is not a file; leave it out to measure on latents"
+            )
+        return {"name": "inception", "weights": file_digests([path], self.config.results / "cache")[0]}
+
+    @remembered
+    def real_features(self, class_name: str) -> Result:
+        """The features (n, d) float32 of a class's real images; on latents, what encoding made of them."""
+        if self.feature_space["name"] == "latents":
+            return self.latents(class_name)
+        return self._result(
+            "features",
+            class_name,
+            images=self.catalog.fingerprint(class_name, "train"),
+            preprocessing=self._preprocessing,
+            space=self.feature_space,
         )
 
     @remembered
@@ -562,6 +595,25 @@ class Recipes:
         """Return what identifies a training below the store's root."""
         return f"evaluate/{digest(self.training_recipe(training))[:PREFIX]}"
 
+    def measure_recipe(self, wanted: SampleSet) -> dict[str, Any]:
+        """Return everything that determines the measurement of a set against the real images."""
+        return {
+            "stage": "measure",
+            "recipe": RECIPES["measure"],
+            "set": self.set_digest(wanted),
+            "space": self.feature_space,
+            "dtype": self.config.compute.dtype,
+            "real": self._real_features,
+        }
+
+    def measure_path(self, wanted: SampleSet) -> Path:
+        """Return the file that holds a set's measurement."""
+        return self.store.root / "measure" / f"{digest(self.measure_recipe(wanted))[:PREFIX]}.json"
+
+    @cached_property
+    def _real_features(self) -> str:
+        return digest([[name, self.real_features(name).digest] for name in self.classes])
+
     # ---------------------------------------------------------------- teachers and stored labels
 
     def teacher(self, protocol: str) -> Teacher:
@@ -704,6 +756,8 @@ class Recipes:
         for name in self.shard_classes(number):
             if stage == "encode":
                 results.append(self.latents(name))
+            elif stage == "features":
+                results.append(self.real_features(name))
             elif stage == "cluster":
                 for compared in self.config.compare:
                     for ipc in self.config.ipc:
@@ -727,7 +781,9 @@ class Recipes:
                 for shard in self.shards
             ],
             "match": [job for method in self.config.compare for job in self.match_jobs(method)],
+            "features": self.shards if self.config.evaluation.inception is not None else [],
             "export": list(self.config.compare),
+            "measure": list(self.config.compare) if self.config.evaluation.set_metrics else [],
             "teacher": list(dict.fromkeys(map(self.teacher_job, self.soft_protocols))),
             "relabel": list(self.labels),
             "evaluate": [shard for cell in cells for shard in self._evaluate_shards(*cell)],
@@ -771,7 +827,10 @@ class Recipes:
         if stage in CLASS_STAGES:
             results = self.stage_results(stage, shard)
             made = [result.digest for result in results]
-            if stage == "encode":  # a job that must not skip images looks again at classes where some were skipped
+            if stage in (
+                "encode",
+                "features",
+            ):  # a job that must not skip images looks again at classes where some were skipped
                 made.append(self.config.dataset.on_bad_image)
             return made, len(results), self._needs(stage, shard)
         if stage == "fit_backbone":
@@ -781,7 +840,15 @@ class Recipes:
             return (
                 [self.set_directory(wanted).name for wanted in sets],
                 len(sets),
-                [("match", job) for job in self.match_jobs(shard)] or [("sample", f"{shard}-{n}") for n in self.shards],
+                self._set_jobs(shard),
+            )
+        if stage == "measure":
+            sets = self.sets(shard)
+            real = "encode" if self.feature_space["name"] == "latents" else "features"
+            return (
+                [self.measure_recipe(wanted) for wanted in sets],
+                len(sets) * len(self.classes),
+                [*self._set_jobs(shard), *((real, number) for number in self.shards)],
             )
         if stage == "teacher":
             return self.teacher_check(shard), 1, []
@@ -814,11 +881,21 @@ class Recipes:
                 "results": True,
                 "dataset": {"root", "test_root", "test_labels"},
                 "backbone": {"path", "vae", "finetune"},
+                "evaluation": {"inception"},
                 "compute": {"gpu", "price_per_gpu_hour"},
             },
         )
-        content = {"recipe": RECIPES["report"], "config": shown, "trainings": recipes}
-        return content, len(recipes), [("evaluate", shard) for shard in self.shards_of("evaluate")]
+        measured = [
+            digest(self.measure_recipe(wanted)) for method in self.shards_of("measure") for wanted in self.sets(method)
+        ]
+        content = {"recipe": RECIPES["report"], "config": shown, "trainings": recipes, "measured": measured}
+        shards = [(stage, shard) for stage in ("evaluate", "measure") for shard in self.shards_of(stage)]
+        return content, len(recipes), shards
+
+    def _set_jobs(self, method: str) -> list[tuple[str, str]]:
+        """Return the jobs that make a method's images."""
+        matched = [("match", job) for job in self.match_jobs(method)]
+        return matched or [("sample", f"{method}-{number}") for number in self.shards]
 
     def _needs(self, stage: str, shard: str) -> list[tuple[str, str]]:
         tunes = self.config.backbone.finetune is not None
@@ -827,7 +904,7 @@ class Recipes:
             return [("encode", number) for number in self.shards] if tunes else []
         if stage == "encode":
             return [] if tunes else fit
-        if stage == "experts":
+        if stage in ("experts", "features"):
             return []
         # A fitted autoencoder comes before encode; a fine-tuned denoiser comes after it, before what denoises.
         denoiser = fit if tunes else []
@@ -873,6 +950,8 @@ class Recipes:
         self._check_pools()
         if self.config.backbone.finetune is not None:
             self._check_finetune()
+        if self.config.evaluation.set_metrics:
+            _ = self.feature_space
         for name in self.classes:
             self.backbone.label_of(name)
             self.catalog.count(name, "test")

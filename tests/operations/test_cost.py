@@ -28,6 +28,7 @@ from workflow_scripts.operations.speeds import (
 )
 from workflow_scripts.operations.survey import survey
 from workflow_scripts.recipes import Recipes
+from workflow_scripts.stages.memory import Batch
 from workflow_scripts.stages.sample import sample_results
 from workflow_scripts.store.results import Result
 
@@ -84,7 +85,7 @@ def test_it_counts_the_rows_that_sampling_evaluates(kind: DiffusionMethod, ipcs:
         targets, masses = torch.ones(ipc, 2, 4), torch.full((ipc, 2), 0.5)
         return {"start": torch.randn(ipc, 1, 2, 2), "targets": targets, "masses": masses}
 
-    list(sample_results(denoiser, kind, results, prepare, 4, fixed_shape=fixed))  # type: ignore[arg-type]
+    list(sample_results(denoiser, kind, results, prepare, Batch(4), fixed_shape=fixed))  # type: ignore[arg-type]
     tasks = Tasks(SHIPPED, {}, {}, 1000)
     assert sum(denoiser.rows) == sampled_rows(kind, ipcs, 4, fixed_shape=fixed) * tasks.evaluations(kind)
 

@@ -41,7 +41,7 @@ def test_plan_says_which_classes_are_missing_and_why(copied: support.Site, capsy
     guidance = [{"term": "mode", "scale": 0.7, "stop": 4}]
     changed = recipes_of(copied, {"methods.mgd3.guidance": guidance})
     assert reasons(changed)["sample"] == {"method.guidance.0.scale changed": 3 * 2 * 2}
-    assert set(reasons(changed)) == {"sample", "export", "evaluate", "report"}
+    assert set(reasons(changed)) == {"sample", "export", "evaluate", "measure", "report"}
 
     support.draw(1, 99).save(copied.train / "bee" / "new.png")
     added = reasons(recipes_of(copied))
@@ -134,6 +134,7 @@ def test_gc_lists_and_deletes_what_no_run_refers_to(copied: support.Site) -> Non
         "sample",
         "export",
         "evaluate",
+        "measure",
         "report",
     }
     gc.delete(stale)
@@ -227,7 +228,7 @@ def test_the_recipe_lock_ignores_comments_and_docstrings_only(tmp_path, monkeypa
     assert hashes[0] == hashes[1] != hashes[2]
     assert set(recipe_lock.MEANING) == {
         *("fit_backbone", *CLASS_STAGES, "export"),
-        *("teacher", "relabel", "evaluate", "report"),
+        *("teacher", "relabel", "evaluate", "measure", "report"),
     }
 
 

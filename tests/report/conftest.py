@@ -1,5 +1,6 @@
 """Made-up runs: digits that look like digits, scores that look like scores."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -7,12 +8,17 @@ import pytest
 from sklearn.datasets import load_digits
 
 from workflow_scripts.report.data import (
+    ClosePair,
+    Confusion,
     ContactSheet,
+    Cost,
     DatasetSummary,
     LatentMap,
+    Measured,
     MethodInfo,
     ReportData,
     ScoreRow,
+    SetRecord,
     SheetRow,
     SkippedImage,
     StageTime,
@@ -57,6 +63,7 @@ def make_scores(
                             ScoreRow(
                                 "digits", method, ipc, seed, protocol, architecture, repeat, best, last,
                                 min(last + 32, 100.0), 2000, 2000 * ipc * 10, 31.4, f"{method}-{ipc}-{seed}", curve,
+                                tuple(np.clip(last + 2.0 * np.arange(-5, 5), 0, 100).tolist()) if curves else (),
                             )
                         )  # fmt: skip
     return tuple(rows)
@@ -102,7 +109,7 @@ def make_demo(ipcs: tuple[int, ...] = (1, 10)) -> ReportData:
                 summary,
                 {"kind": "coreset", "select": name}
                 if name in REAL
-                else {"kind": "diffusion", "sampler": shared, "guidance": [{"term": "mode", "scale": 0.1, "stop": 25}]},
+                else {"kind": "diffusion", "sampler": shared, "guidance": [{"term": name}] if name != "dit" else []},
             )
             for name, summary in SUMMARIES.items()
         ),
@@ -132,6 +139,48 @@ def make_demo(ipcs: tuple[int, ...] = (1, 10)) -> ReportData:
     )  # fmt: skip
 
 
+def make_measured(methods: tuple[str, ...], ipc: int, classes: int = 10, seeds: int = 3) -> tuple[Measured, ...]:
+    """Made-up measurements in which ``method`` number p has the Fréchet distance 10 (p + 1) + seed."""
+    return tuple(
+        Measured(
+            method, ipc, seed, f"{method}-{ipc}-{seed}", "latents", 256,
+            {"frechet": 10.0 * (place + 1) + seed, "precision": 0.5, "vendi": 1.0 + place}, {"frechet": "biased upward"},
+            {"images": classes * ipc, "copies": place == 0, "suspect_percent": 2.0, "median_ratio": 0.8,
+             "other_class_percent": 5.0},
+        )
+        for place, method in enumerate(methods)
+        for seed in range(seeds)
+    )  # fmt: skip
+
+
+def make_whole() -> ReportData:
+    """The demo with everything that a report can hold."""
+    demo = make_demo()
+    rng = np.random.default_rng(2)
+    methods = tuple(SUMMARIES)
+    first = demo.sheets[-1].rows[0]
+    return dataclasses.replace(
+        demo,
+        measured=(*make_measured(methods, 1), *make_measured(methods, 10)),
+        pairs=tuple(
+            ClosePair(
+                "dit", 10, "zero", "one", "train/one/7.png", first.synthetic[0], first.synthetic[0] // 2, 3.2, 0.4, 1.5
+            )
+            for _ in range(3)
+        ),
+        costs=tuple(
+            Cost(method, ipc, 3, 30 * ipc, {"sample": 20.0 * (place + 1), "cluster": 1.0}, 4.2, 60.0, "NVIDIA H100")
+            for place, method in enumerate(methods)
+            for ipc in demo.ipcs
+        ),
+        confusions=(Confusion("mgd3", 10, rng.integers(0, 9, (10, 10)) + 80 * np.eye(10, dtype=int)),),
+        sets=tuple(
+            SetRecord(m, i, s, f"{m}{i}{s}" * 8, f"datasets/{m}") for m in methods for i in (1, 10) for s in range(3)
+        ),
+        digests={"test images": "0123456789abcdef"},
+    )
+
+
 def make_minimal(**changes: object) -> ReportData:
     """One method, one IPC, one training."""
     content: dict = {
@@ -150,6 +199,11 @@ def make_minimal(**changes: object) -> ReportData:
 @pytest.fixture(scope="session")
 def demo() -> ReportData:
     return make_demo()
+
+
+@pytest.fixture(scope="session")
+def whole() -> ReportData:
+    return make_whole()
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,12 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from html.parser import HTMLParser
-from statistics import fmean, stdev
+from statistics import fmean
 
 import numpy as np
 import pytest
-from scipy.stats import t
 
+from workflow_scripts.report import page as report_page
 from workflow_scripts.report.data import (
     ContactSheet,
     DatasetSummary,
@@ -18,7 +18,8 @@ from workflow_scripts.report.data import (
     SheetRow,
     SkippedImage,
 )
-from workflow_scripts.report.page import flatten, format_duration, render
+from workflow_scripts.report.page import downloads, flatten, format_duration
+from workflow_scripts.report.tables import boards
 
 VOID = {"meta", "input", "img", "br", "link", "hr", "col"}
 
@@ -44,7 +45,7 @@ class Outline(HTMLParser):
         assert self.open and self.open.pop() == tag, f"</{tag}> at {self.getpos()} closes nothing"
 
     def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] not in {"style", "pre"}:
+        if not self.open or self.open[-1] not in {"style", "pre", "script"}:
             self.text.append(data)
 
     def plain(self) -> str:
@@ -66,12 +67,17 @@ def outline(page: str) -> Outline:
 def assert_self_contained(page: str) -> None:
     without_data = re.sub(r"data:[\w/+-]+;base64,[A-Za-z0-9+/=]+", "data:", page)
     assert "http://" not in without_data and "https://" not in without_data
-    assert "<script" not in page and "@import" not in page and "<link" not in page
+    assert page.count("<script") == 1 and "@import" not in page and "<link" not in page
+    assert "default-src 'none'" in page
     for source in re.findall(r'\bsrc="([^"]{0,20})', page):
         assert source.startswith("data:image/")
     for target in re.findall(r'\bhref="([^"]{0,20})', page):
         assert target.startswith(("#", "data:"))
     assert set(re.findall(r"url\(([^)]{0,1})", page)) <= {"#"}
+
+
+def render(data: ReportData) -> str:
+    return report_page.render(data).html
 
 
 def checked(data: ReportData) -> str:
@@ -81,8 +87,8 @@ def checked(data: ReportData) -> str:
 
 
 @pytest.fixture(scope="module")
-def page(demo: ReportData) -> str:
-    return render(demo)
+def page(whole: ReportData) -> str:
+    return render(whole)
 
 
 def test_is_well_formed_and_self_contained(page: str) -> None:
@@ -91,24 +97,22 @@ def test_is_well_formed_and_self_contained(page: str) -> None:
     assert len(page) < 15e6
 
 
-def test_shows_each_mean_and_interval(page: str, demo: ReportData) -> None:
-    for read in ("top1_last", "top1_best", "top5_last"):
-        groups = defaultdict(list)
-        averages = defaultdict(lambda: defaultdict(list))
-        for score in demo.scores:
-            groups[score.method, score.ipc, score.architecture].append(getattr(score, read))
-            averages[score.method, score.ipc][score.seed, score.repeat].append(getattr(score, read))
-        for key, by_set in averages.items():
-            groups[*key, "average"] = [fmean(values) for values in by_set.values()]
-        assert len(groups) == 7 * 2 * 3
-        for values in groups.values():
-            half = t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
-            cell = (
-                f'<span class="mean">{fmean(values):.1f}</span> <span class="ci">± {half:.1f}</span></span>\n'
-                f'  <span class="detail">sd {stdev(values):.1f} · n {len(values)}</span>'
-            )
-            assert cell in page
-            assert f"95 % interval {fmean(values) - half:.1f} to {fmean(values) + half:.1f}; 3 trainings, 3 " in page
+def test_shows_each_mean_interval_and_count(page: str, whole: ReportData) -> None:
+    groups = defaultdict(lambda: defaultdict(list))
+    for score in whole.scores:
+        for key in (score.architecture, "average"):
+            groups[score.method, score.ipc, key][score.seed].append(score.top1_last)
+    assert len(groups) == 7 * 2 * 3
+    cells = {
+        (b.ipc, m, column): c for b in boards(whole) for (m, column, metric), c in b.cells.items() if metric == "last"
+    }
+    for (method, ipc, column), by_seed in groups.items():
+        cell = cells[ipc, method, column]
+        mean, (low, high) = fmean(fmean(values) for values in by_seed.values()), cell.interval
+        assert f'<span class="mean">{mean:.1f}</span> <span class="ci">{low:.1f} to {high:.1f}</span>' in page
+        assert f'<span class="detail">sd {cell.levels.spread:.1f} / –, n 3 / 3</span>' in page
+    text = outline(page).plain()
+    assert "All entries: one training per distilled set" in text
 
 
 def test_headline(page: str) -> None:
@@ -118,8 +122,84 @@ def test_headline(page: str) -> None:
     assert "Compute time 1 h 26 min" in text
     assert "1 and 10 images per class" in text
     assert re.search(
-        r"Best at IPC 10 manifoldgd 68\.\d ± \d\.\d % Top-1, last epoch, average of 2 architectures, n 3", text
+        r"Best at IPC 10 manifoldgd 68\.\d % 6\d\.\d to \d\d\.\d at 95 % Top-1, last epoch, average of 2 architectures, 3 sets",
+        text,
     )
+
+
+def test_summary_is_three_sentences_of_numbers(page: str, whole: ReportData) -> None:
+    (summary,) = re.findall(r'<p class="summary">(.*?)</p>', page)
+    assert len(re.findall(r"\. (?=[A-Z])", summary + " ")) == 2
+    assert re.search(
+        r" and 68\.\d % \(\d\d\.\d to \d\d\.\d\) at IPC 10 with manifoldgd, where chance is 10\.0 %", summary
+    )
+    assert re.search(r"With 3 distilled sets of each method, \d+ of 21 differences at IPC 10", summary)
+    assert "None of the 1 320 generated images is a copy" in summary.replace("\u202f", " "), (
+        "random's copies do not count"
+    )
+    assert "together took 1 h 26 min of computing" in summary
+
+
+def test_every_section_has_its_figures(page: str, whole: ReportData) -> None:
+    parser = outline(page)
+    sections = {attributes["id"] for tag, attributes in parser.elements if tag == "section"}
+    assert sections >= {"leaderboard", "ranking", "accuracy", "architectures", "ablations", "published", "curves", "classes",
+                        "images", "maps", "measures", "copies", "cost", "methods", "protocol", "data", "provenance",
+                        "reading"}  # fmt: skip
+    for tag, attributes in parser.elements:
+        if tag == "img":
+            assert attributes["alt"]
+        if tag == "svg":
+            assert attributes.get("aria-label") or attributes.get("aria-hidden") == "true"
+    stems = report_page.render(whole).drawings.keys()
+    for name in ("accuracy-hard-sgd-last-average", "architectures-hard-sgd-ipc10", "ablations-hard-sgd-ipc1", "classes-ipc10",
+                 "confusion-mgd3-ipc10", "cost-hard-sgd-ipc10", "map-0-0"):  # fmt: skip
+        assert name in stems
+
+
+def test_set_metrics_and_copies(page: str) -> None:
+    text = outline(page).plain()
+    assert "the autoencoder's latents. These are no FID and no KID" in text and "FID ↓" not in text
+    assert (
+        "Fréchet distance (latents)" in text
+        and "Fréchet distance (latents) : biased upward." in text
+        and "* biased at this size" in text
+    )
+    assert re.search(r'<td data-value="11\.0" class="top">11\.0 <span class="detail block">± 1\.0</span>', page)
+    assert "dit 10 300 0 2.0 % 0.80 5.0 %" in text
+    assert "herding, kmeans, random: real images" in text
+    assert "zero / one: 0.40 of the usual distance" in text and "train/one/7.png" in page
+
+
+def test_cost_per_method(page: str) -> None:
+    text = outline(page).plain()
+    assert "dit 4.2 s 1 s 1 min 20 s 1 min 25 s 300 3.75 1 min NVIDIA H100" in text
+
+
+def test_classes_have_their_titles(minimal: Callable[..., ReportData]) -> None:
+    names = ("n01440764", "n02102040")
+    summary = DatasetSummary("imagenet", names, (1, 1), (1, 1), {names[0]: "tench", names[1]: "<springer>"})
+    black = np.zeros((1, 8, 8, 3), np.uint8)
+    sheets = (ContactSheet("random", 1, (SheetRow(names[0], 0, black, black + 9, np.ones(1)),)),)
+    maps = (LatentMap(names[1], np.eye(2), {}, {}, (0.5, 0.5)),)
+    text = checked(minimal(dataset=summary, sheets=sheets, maps=maps))
+    assert (
+        "tench n01440764, label 0" in text
+        and "<springer>" in text
+        and "tench, image 1" in render(minimal(dataset=summary, sheets=sheets))
+    )
+
+
+def test_old_scores_leave_the_classes_out_and_say_so(minimal: Callable[..., ReportData]) -> None:
+    text = checked(minimal())
+    assert "do not hold the accuracy of each class" in text
+    assert "No set was measured" in text and "There are not two methods to compare" in text
+
+
+def test_tables_beside_the_page(whole: ReportData) -> None:
+    beside = downloads(whole)
+    assert set(beside) == {"leaderboard.csv", "comparisons.csv", "scores.csv", "leaderboard.tex", "leaderboard.md"}
+    assert all(beside.values())
 
 
 def test_real_images_are_not_paired_with_themselves(page: str) -> None:
@@ -147,6 +227,7 @@ def test_text_is_escaped(minimal: Callable[..., ReportData]) -> None:
             environment={evil: evil},
             notes=(evil,),
             config_text=evil,
+            digests={evil: evil},
         )
     )
     assert text.count(evil) > 10
@@ -156,8 +237,8 @@ def test_one_training_has_no_interval(minimal: Callable[..., ReportData]) -> Non
     page = render(minimal())
     text = checked(minimal())
     mean = f"{minimal().scores[0].top1_last:.1f}"
-    assert f"random {mean} n 1" in text
-    assert 'class="ci"' not in page and "95 % interval 4" not in page
+    assert f"random {mean} † n 1 / 1" in text
+    assert 'class="ci"' not in page and "at 95 %" not in text
     assert "Average" not in text and "against random" not in text
     assert "No contact sheets" in text and "No latent maps" in text and "No stage times" in text
     assert "Accuracy by IPC" not in text and "Training curves" not in text
@@ -177,13 +258,14 @@ def test_protocols_are_kept_apart(minimal: Callable[..., ReportData]) -> None:
     scores = (first, dataclasses.replace(first, protocol="hard-adamw", top1_last=12.3))
     text = checked(minimal(scores=scores))
     assert "IPC 1 hard-sgd Method" in text and "IPC 1 hard-adamw Method" in text
-    assert "random 12.3 n 1" in text
+    assert "random 12.3 † n 1 / 1" in text
+    assert '<select name="protocol">' in render(minimal(scores=scores))
 
 
 def test_missing_results_leave_gaps(demo: ReportData) -> None:
     scores = tuple(s for s in demo.scores if (s.method, s.ipc, s.architecture) != ("dit", 10, "convnet"))
     text = checked(dataclasses.replace(demo, scores=scores, sheets=demo.sheets[:1], maps=()))
-    assert "dit – – –" in text
+    assert "dit – – – " in text, "no metric of what was not trained"
 
 
 def test_empty_parts_of_sheets_and_maps(minimal: Callable[..., ReportData]) -> None:

@@ -138,7 +138,7 @@ def test_an_image_more_recomputes_its_class_and_what_follows(copied: Site) -> No
     assert methods_of(copied, done.places) == set(SEES_IMAGES)
     assert len(done.scores) == len(SEES_IMAGES) * 4
     assert {shard for stage, shard in done.jobs if stage == "export"} == set(SEES_IMAGES)
-    assert done.stages() == {"encode", "cluster", "invert", "sample", "export", "evaluate", "report"}
+    assert done.stages() == {"encode", "cluster", "invert", "sample", "export", "evaluate", "measure", "report"}
     assert support.stored(copied.results).items() >= before.items(), "what was there stays as it was"
 
     (copied.train / "bee" / "new.png").unlink()
@@ -213,7 +213,7 @@ def test_a_class_more_adds_that_class(copied: Site) -> None:
     done = run_jobs(copied.config())
     assert {name for classes in tally(done.places).values() for name in classes} == {"elk"}
     made = {place.split("/")[0].removesuffix(".zarr") for place in done.places}
-    assert made == set(CLASS_STAGES) - {"experts", "match"}  # which no method of this run needs
+    assert made == set(CLASS_STAGES) - {"features", "experts", "match"}  # which nothing in this run needs
 
 
 def forget(site: Site, place: str) -> None:

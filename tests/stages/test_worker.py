@@ -503,7 +503,8 @@ def test_a_program_reads_the_configuration_like_every_other(site: Site, programs
 
 
 @pytest.mark.parametrize(
-    "stage", ["encode", "cluster", "invert", "sample", "export", "evaluate", "report", "fit_backbone"]
+    "stage",
+    ["encode", "cluster", "invert", "features", "sample", "export", "evaluate", "measure", "report", "fit_backbone"],
 )
 def test_every_program_says_how_it_is_used(stage: str, programs: Programs) -> None:
     ended = programs.stage(stage, "--help").wait()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -404,7 +405,7 @@ class Students:
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if value is not None}
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{TEMPORARY}{path.name}")
+        temporary = path.with_name(f"{TEMPORARY}{path.name}.{uuid.uuid4().hex}")
         about = {"epoch": str(epoch), "steps": str(self.steps), "curves": json.dumps(curves)}
         save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary, metadata=about)
         temporary.replace(path)

@@ -42,6 +42,8 @@ def referenced(recipes: Recipes) -> Iterator[Path]:
             for training in recipes.trainings_of(job.shard):
                 yield recipes.training_path(training)
                 yield attempts.path(recipes.training_place(training))
+        elif job.stage == "measure":
+            yield from map(recipes.measure_path, recipes.sets(job.shard))
         elif job.stage == "teacher":
             weights = recipes.teacher_weights(job.shard)
             yield from (recipes.teacher_record(job.shard), weights, weights.with_name(f"{weights.stem}.checkpoints"))
@@ -82,7 +84,15 @@ def size(path: Path) -> int:
 
 def _collectable(results: Path) -> Iterator[Path]:
     store = results / "store"
-    own = ("evaluate/*", "evaluate.checkpoints/*", "backbones/*", "match.checkpoints/*", "teachers/*", "labels/*")
+    own = (
+        "evaluate/*",
+        "measure/*",
+        "evaluate.checkpoints/*",
+        "backbones/*",
+        "match.checkpoints/*",
+        "teachers/*",
+        "labels/*",
+    )
     for pattern in ("*.zarr/*/*", *own, f"{QUARANTINE}/*", "attempts/**/*.json", "claims/**/*.json"):
         yield from sorted(store.glob(pattern))
     for pattern in ("datasets/*", "manifests/*/*", "*/reports/*"):

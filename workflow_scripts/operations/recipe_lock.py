@@ -34,7 +34,8 @@ MEANING = {
         "diffusion/schedule.py",
         *_IMAGES,
     ),
-    "encode": ("stages/encode.py", "diffusion/backbone.py", *_IMAGES),
+    "encode": ("stages/encode.py", "stages/inputs.py", "diffusion/backbone.py", *_IMAGES),
+    "features": ("stages/features.py", "stages/inputs.py", "evaluation/inception.py", *_IMAGES),
     "cluster": ("stages/cluster.py", "stages/inputs.py", "methods/modes.py"),
     "invert": ("stages/invert.py", "diffusion/inversion.py", *_DENOISING),
     "sample": (
@@ -79,6 +80,15 @@ MEANING = {
         "evaluation/soft_labels.py",
         *_TRAINING,
         *_IMAGES,
+    ),
+    "measure": (
+        "stages/measure.py",
+        "stages/features.py",
+        "stages/inputs.py",
+        "evaluation/inception.py",
+        "evaluation/measures.py",
+        "evaluation/set_metrics.py",
+        "diffusion/backbone.py",
     ),
     "report": ("stages/report.py", *(f"report/{name}.py" for name in ("data", "figures", "page", "tables"))),
 }

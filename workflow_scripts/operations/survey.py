@@ -16,7 +16,7 @@ from workflow_scripts.stages.publish import report_folder
 from workflow_scripts.store.results import RECORD, Result
 
 Neighbours = Callable[[Path], Sequence[Mapping[str, Any]]]
-STAGES = ("fit_backbone", *CLASS_STAGES, "export", "teacher", "relabel", "evaluate", "report")
+STAGES = ("fit_backbone", *CLASS_STAGES, "export", "teacher", "relabel", "evaluate", "measure", "report")
 
 
 @dataclass
@@ -91,6 +91,10 @@ def _items(recipes: Recipes, stage: str, shard: str, neighbours: Neighbours | No
         for training in recipes.trainings_of(shard):
             path = recipes.training_path(training)
             yield str(path), _item(shard, training.name, path.exists(), training)
+    elif stage == "measure":
+        for wanted in recipes.sets(shard):
+            path = recipes.measure_path(wanted)
+            yield str(path), _item(shard, f"{wanted.method} IPC {wanted.ipc} seed {wanted.seed}", path.exists())
     elif stage == "teacher":
         path = recipes.teacher_record(shard)
         yield str(path), _item(shard, shard, path.exists())

@@ -107,18 +107,24 @@ def _labels(recipes: Recipes) -> Iterator[str]:
 
 
 def _scores(recipes: Recipes) -> Iterator[str]:
-    for method in recipes.config.compare:
-        for ipc in recipes.config.ipc:
-            for training in recipes.trainings(method, ipc):
-                path = recipes.training_path(training)
-                if path.exists():
-                    try:
-                        record = json.loads(path.read_text())
-                        good = record["digest"] == digest(record["recipe"]) == digest(recipes.training_recipe(training))
-                    except (OSError, ValueError, KeyError):
-                        good = False
-                    if not good:
-                        yield f"{path}: damaged. Set aside in {_set_aside(recipes, path)}"
+    """Compare what scores and measurements say that they are of with what this run wants."""
+    wanted = {
+        recipes.training_path(training): recipes.training_recipe(training)
+        for method in recipes.config.compare
+        for ipc in recipes.config.ipc
+        for training in recipes.trainings(method, ipc)
+    }
+    for method in recipes.shards_of("measure"):
+        wanted |= {recipes.measure_path(s): recipes.measure_recipe(s) for s in recipes.sets(method)}
+    for path, recipe in wanted.items():
+        if path.exists():
+            try:
+                record = json.loads(path.read_text())
+                good = record["digest"] == digest(record["recipe"]) == digest(recipe)
+            except (OSError, ValueError, KeyError):
+                good = False
+            if not good:
+                yield f"{path}: damaged. Set aside in {_set_aside(recipes, path)}"
 
 
 def _manifests(results: Path) -> Iterator[str]:

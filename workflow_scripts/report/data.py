@@ -20,6 +20,9 @@ Points = NDArray[np.floating]
 class DatasetSummary:
     """The real images. ``classes`` is in label order; the counts are images per class in the same order.
 
+    ``titles`` are what people call the classes, where that is something else; ``subset`` is the published name of the data,
+    under which others' results are found.
+
     Raises:
         ValueError: there is not one count per class.
     """
@@ -28,6 +31,12 @@ class DatasetSummary:
     classes: tuple[str, ...]
     train_counts: tuple[int, ...]
     test_counts: tuple[int, ...]
+    titles: Mapping[str, str] = field(default_factory=dict)
+    subset: str | None = None
+
+    def title(self, name: str) -> str:
+        """What people call a class."""
+        return self.titles.get(name, name)
 
     def __post_init__(self) -> None:
         if not len(self.classes) == len(self.train_counts) == len(self.test_counts):
@@ -48,8 +57,8 @@ class MethodInfo:
 class ScoreRow:
     """One training of one classifier on one distilled set.
 
-    ``architecture`` is a key of ``ReportData.architectures``; ``curve`` holds (epoch, top-1) pairs. Rows with the same
-    ``set_digest`` were trained on the same images.
+    ``architecture`` is a key of ``ReportData.architectures``; ``curve`` holds (epoch, top-1) pairs, ``per_class`` the top-1
+    of each class in label order. Rows with the same ``set_digest`` were trained on the same images.
     """
 
     run: str
@@ -67,6 +76,79 @@ class ScoreRow:
     seconds: float
     set_digest: str
     curve: tuple[tuple[int, float], ...] = ()
+    per_class: tuple[float, ...] = ()
+    teacher_top1: float | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The metrics of one distilled set against the real images, as ``stages/measure`` writes them.
+
+    ``space`` names the features; ``audit`` is the summary of the search for copies.
+    """
+
+    method: str
+    ipc: int
+    seed: int
+    set_digest: str
+    space: str
+    dimensions: int
+    values: Mapping[str, float]
+    warnings: Mapping[str, str]
+    audit: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class ClosePair:
+    """A synthetic image (H, W, 3) and the real one that it is nearest to, with the distance as a share of the usual one."""
+
+    method: str
+    ipc: int
+    class_name: str
+    real_class: str
+    real_path: str
+    synthetic: Images
+    real: Images
+    distance: float
+    ratio: float | None
+    percentile: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method's sets of one IPC cost, in seconds of one device: by stage, and the trainings on them.
+
+    ``shared`` is what other methods use too: the encoding of all real images, if the method looks at those.
+    """
+
+    method: str
+    ipc: int
+    sets: int
+    images: int
+    stages: Mapping[str, float]
+    shared: float
+    training: float
+    device: str
+
+
+@dataclass(frozen=True)
+class SetRecord:
+    """Where a distilled set is, and its digest."""
+
+    method: str
+    ipc: int
+    seed: int
+    digest: str
+    folder: str
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How often images of each class (row) were taken for each class (column), over a method's trainings at an IPC."""
+
+    method: str
+    ipc: int
+    counts: NDArray[np.integer]
 
 
 @dataclass(frozen=True)
@@ -133,9 +215,10 @@ class ReportData:
     """Everything that the report of one run shows.
 
     ``architectures`` maps the key that scores use to the name that readers see. ``protocols`` maps a protocol's name to
-    its settings. Methods are drawn and listed in the order given. ``baselines`` are the methods that the others are
-    compared with in the leaderboard; those that the run does not hold are ignored. ``summarised`` are keys of
-    ``architectures`` that are means over others, which no average counts again.
+    its settings, ``presets`` to the published protocol that it is, and ``protocol_changes`` to the settings that are not as
+    published. Methods are drawn and listed in the order given. ``baselines`` are the methods that the others are compared with
+    in the leaderboard; those that the run does not hold are ignored. ``summarised`` are keys of ``architectures`` that are
+    means over others, which no average counts again. ``confusions`` and ``pairs`` may be of some methods only.
 
     Raises:
         ValueError: a score, sheet or map names a run, method, IPC or architecture that the report does not list.
@@ -153,6 +236,14 @@ class ReportData:
     stage_times: tuple[StageTime, ...] = ()
     sheets: tuple[ContactSheet, ...] = ()
     maps: tuple[LatentMap, ...] = ()
+    measured: tuple[Measured, ...] = ()
+    pairs: tuple[ClosePair, ...] = ()
+    costs: tuple[Cost, ...] = ()
+    confusions: tuple[Confusion, ...] = ()
+    sets: tuple[SetRecord, ...] = ()
+    digests: Mapping[str, str] = field(default_factory=dict)
+    presets: Mapping[str, str] = field(default_factory=dict)
+    protocol_changes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     skipped_images: tuple[SkippedImage, ...] = ()
     config_text: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -1,7 +1,7 @@
-"""Figures as inline SVG, and images as data URIs.
+"""Figures, inline for the page and as files for papers, and images as data URIs.
 
-Figures take their ink from the page: axes and text are drawn in ``currentColor`` and set in the page's own typeface, so
-they follow its light and dark colour schemes.
+On the page figures take their ink from it: axes and text are drawn in ``currentColor`` and set in the page's own typeface, so
+they follow its light and dark colour schemes. Files are black on nothing, with a legend.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.markers import MarkerStyle
 from matplotlib.path import Path
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from numpy.typing import NDArray
 from PIL import Image
 
-from workflow_scripts.evaluation.statistics import Summary
 from workflow_scripts.report.data import Images, LatentMap, Points
 
 # Okabe and Ito's colours without black and yellow, which vanish on a dark or a light page, and two that fit them.
@@ -84,28 +85,69 @@ def marker_svg(style: MethodStyle) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A mean in percent and its 95 % interval, if there is one."""
+
+    mean: float
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure, and what it shows in words; ``keys`` are the styles of its legend."""
+
+    figure: Figure
+    label: str
+    keys: Mapping[str, MethodStyle]
+
+    def inline(self, name: str) -> str:
+        """The figure as an SVG element; ``name`` must be unique on the page, as identifiers inside are derived from it."""
+        with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+            return _svg(self.figure, self.label)
+
+    def files(self) -> dict[str, bytes]:
+        """The figure with a legend, as files by suffix: ``svg`` and ``pdf``."""
+        marks = [
+            Line2D([], [], color=style.color, marker=style.marker, markersize=5, linewidth=1.2, label=name)
+            for name, style in self.keys.items()
+        ]
+        legend = self.figure.legend(
+            handles=marks, loc="outside lower center", ncols=min(4, len(marks)), frameon=False, fontsize=8
+        ) if len(marks) > 1 else None  # fmt: skip
+        written = {}
+        for suffix in ("svg", "pdf"):
+            buffer = io.BytesIO()
+            with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "file", "pdf.fonttype": 42}):
+                nothing: dict[str, None] = {"CreationDate": None} if suffix == "pdf" else {"Date": None}
+                self.figure.savefig(buffer, format=suffix, bbox_inches="tight", metadata=nothing)
+            written[suffix] = buffer.getvalue()
+        if legend is not None:
+            legend.remove()
+        return {"svg": written["svg"].replace(_INK.encode(), b"#000000"), "pdf": written["pdf"]}
+
+
 def accuracy_figure(
-    series: Mapping[str, Sequence[tuple[int, Summary]]],
+    series: Mapping[str, Sequence[tuple[int, Estimate]]],
     styles: Mapping[str, MethodStyle],
     limits: tuple[float, float],
     metric: str,
-    name: str,
-) -> str:
-    """Accuracy against IPC on a logarithmic axis, with 95 % intervals; one architecture, one line per method.
-
-    ``name`` must be unique on the page: identifiers inside the SVG are derived from it.
-    """
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(4.6, 3.3), layout="constrained")
-        axes = figure.add_subplot()
+) -> Drawing:
+    """Accuracy against IPC on a logarithmic axis, with 95 % intervals; one architecture, one line per method."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _panel()
         ipcs = sorted({ipc for points in series.values() for ipc, _ in points})
         step = (max(ipcs) / min(ipcs)) ** (0.012 if len(ipcs) > 1 else 0)
         for place, (method, points) in enumerate(series.items()):
             shift = step ** (place - (len(series) - 1) / 2)  # neighbouring error bars stay apart
+            ends = [estimate.interval or (estimate.mean, estimate.mean) for _, estimate in points]
             axes.errorbar(
                 [ipc * shift for ipc, _ in points],
-                [summary.mean for _, summary in points],
-                yerr=[summary.ci95 or 0.0 for _, summary in points],
+                [estimate.mean for _, estimate in points],
+                yerr=[
+                    [max(e.mean - low, 0) for (_, e), (low, _) in zip(points, ends, strict=True)],
+                    [max(high - e.mean, 0) for (_, e), (_, high) in zip(points, ends, strict=True)],
+                ],
                 color=styles[method].color,
                 marker=styles[method].marker,
                 markersize=5,
@@ -119,19 +161,18 @@ def accuracy_figure(
         axes.set_xticks(ipcs, [str(ipc) for ipc in ipcs])
         axes.set_xlabel("Images per class")
         _accuracy_axis(axes, limits, metric)
-        return _svg(figure, f"{metric} accuracy against images per class, one line per method")
+    label = f"{metric} accuracy against images per class, one line per method"
+    return Drawing(figure, label, {name: styles[name] for name in series})
 
 
 def curves_figure(
     curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]],
     styles: Mapping[str, MethodStyle],
     limits: tuple[float, float],
-    name: str,
-) -> str:
+) -> Drawing:
     """Test accuracy during training: the mean over each method's trainings, and the range between them."""
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(4.6, 3.3), layout="constrained")
-        axes = figure.add_subplot()
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _panel()
         for place, (method, trainings) in enumerate(curves.items()):
             epochs = np.array(sorted({epoch for training in trainings for epoch, _ in training}), dtype=float)
             values = np.stack([np.interp(epochs, *np.array(training, dtype=float).T) for training in trainings])
@@ -150,16 +191,114 @@ def curves_figure(
         axes.set_xlabel("Epoch")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         _accuracy_axis(axes, limits, "Top-1")
-        return _svg(figure, "Test accuracy against training epoch, one line per method")
+    label = "Test accuracy against training epoch, one line per method"
+    return Drawing(figure, label, {name: styles[name] for name in curves})
 
 
-def map_figure(latent_map: LatentMap, styles: Mapping[str, MethodStyle], name: str) -> str:
+def heat_figure(
+    values: NDArray[np.floating], rows: Sequence[str], columns: Sequence[str], label: str, *, unit: str = "%"
+) -> Drawing:
+    """A table (rows, columns) of percentages as colours, with the numbers in it where they fit; nan stays empty."""
+    wide = len(columns) <= 24
+    with matplotlib.rc_context(_STYLE):
+        size = (
+            1.3 + 0.095 * max(map(len, rows), default=0) + (0.42 if wide else 0.2) * len(columns),
+            0.9 + 0.27 * len(rows),
+        )
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        shown = np.ma.masked_invalid(values)
+        low, high = (float(shown.min()), float(shown.max())) if shown.count() else (0.0, 1.0)
+        mesh = axes.pcolormesh(shown, cmap="cividis", vmin=low, vmax=high if high > low else low + 1, edgecolors="none")
+        for (row, column), value in np.ndenumerate(values):
+            if wide and np.isfinite(value):
+                light = (value - low) / ((high - low) or 1) > 0.55
+                text = f"{value:.0f}" if len(columns) > 8 else f"{value:.1f}"
+                axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color="#000000" if light else "#ffffff",
+                          fontsize=8)  # fmt: skip
+        tilt = 40 if max(map(len, columns), default=0) > 4 else 0
+        axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=tilt, ha="left" if tilt else "center",
+                        rotation_mode="anchor")  # fmt: skip
+        axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0)
+        axes.invert_yaxis()
+        axes.spines[:].set_visible(False)
+        bar = figure.colorbar(mesh, ax=axes, fraction=0.03, pad=0.02, aspect=28)
+        bar.ax.tick_params(length=2, labelsize=7.5)
+        bar.outline.set_visible(False)
+        bar.ax.set_title(unit, fontsize=8)
+    return Drawing(figure, label, {})
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A difference in points, its 95 % interval if there is one, and whether it is distinguishable from none."""
+
+    name: str
+    points: float
+    interval: tuple[float, float] | None
+    clear: bool
+
+
+def forest_figure(gaps: Sequence[Gap], label: str) -> Drawing:
+    """Differences in points with their intervals, one line each; filled where they are distinguishable from none."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.6, 0.75 + 0.27 * len(gaps)), layout="constrained")
+        axes = figure.add_subplot()
+        reach = max([abs(gap.points) for gap in gaps] or [1.0])
+        limit = 3 * reach + 1  # an interval of two seeds is wider than any page
+        for place, gap in enumerate(gaps):
+            color = COLORS[5] if gap.points < 0 else COLORS[0]
+            if gap.interval is not None:
+                axes.plot(np.clip(gap.interval, -limit, limit), [place, place], color=color, linewidth=1.3)
+            axes.plot(
+                [gap.points], [place], "o", color=color, markersize=5.5, fillstyle="full" if gap.clear else "none"
+            )
+        axes.axvline(0, color=_INK, alpha=0.5, linewidth=0.7)
+        axes.set_yticks(range(len(gaps)), [gap.name for gap in gaps])
+        axes.set_ylim(len(gaps) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("Difference in points")
+        axes.grid(axis="x", color=_INK, alpha=0.13, linewidth=0.6)
+        axes.set_axisbelow(True)
+    return Drawing(figure, label, {})
+
+
+def cost_figure(
+    points: Mapping[str, tuple[float, Estimate]],
+    styles: Mapping[str, MethodStyle],
+    limits: tuple[float, float],
+    unit: str,
+) -> Drawing:
+    """Accuracy against the hours that a method's sets cost, on a logarithmic axis."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _panel()
+        for method, (hours, estimate) in points.items():
+            low, high = estimate.interval or (estimate.mean, estimate.mean)
+            axes.errorbar(
+                [hours],
+                [estimate.mean],
+                yerr=[[max(estimate.mean - low, 0)], [max(high - estimate.mean, 0)]],
+                color=styles[method].color,
+                marker=styles[method].marker,
+                markersize=6.5,
+                elinewidth=0.9,
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel(f"{unit} for one distilled set, shared encoding left out")
+        _accuracy_axis(axes, limits, "Top-1")
+    return Drawing(figure, f"Top-1 accuracy against {unit} per distilled set", {name: styles[name] for name in points})
+
+
+def map_figure(latent_map: LatentMap, styles: Mapping[str, MethodStyle], title: str) -> Drawing:
     """One class's latent space: real latents grey, prototypes crosses, synthetic latents in their method's colour.
 
     The marks of each method lie in a group of class ``series-<place>``, with the method's place in ``styles``.
     """
     places = {method: place for place, method in enumerate(styles)}
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+    with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(2.8, 2.8), dpi=200)
         axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
         real = np.asarray(latent_map.real).reshape(-1, 2)
@@ -180,7 +319,7 @@ def map_figure(latent_map: LatentMap, styles: Mapping[str, MethodStyle], name: s
         for side in ("top", "right"):
             axes.spines[side].set_visible(True)
         axes.spines[:].set_alpha(0.35)
-        return _svg(figure, f"Latent space of class {latent_map.class_name}")
+    return Drawing(figure, f"Latent space of class {title}", {m: styles[m] for m in latent_map.synthetic})
 
 
 def padded_limits(values: Sequence[float]) -> tuple[float, float]:
@@ -207,6 +346,21 @@ def thumbnail(image: Images, side: int) -> str:
 def data_uri(mime: str, content: bytes) -> str:
     """Content as a base64 data URI."""
     return f"data:{mime};base64,{base64.b64encode(content).decode()}"
+
+
+def shrink(images: Images, side: int) -> Images:
+    """Scale images (n, H, W, 3) down to ``side`` pixels, if they are larger, so that many can be held."""
+    if max(images.shape[1:3]) <= side:
+        return images
+    pictures = [Image.fromarray(image) for image in images]
+    for picture in pictures:
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return np.stack([np.asarray(picture) for picture in pictures])
+
+
+def _panel() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.6, 3.3), layout="constrained")
+    return figure, figure.add_subplot()
 
 
 def _marks(axes: Axes, points: Points, series: str, **style: Any) -> None:

@@ -1,16 +1,25 @@
-"""Scores as tables: the leaderboard for the page, and its CSV and LaTeX forms."""
+"""Scores as tables: the leaderboard for the page, and its CSV, LaTeX and Markdown forms."""
 
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from workflow_scripts.evaluation.statistics import Summary, summarize
+import numpy as np
+
+from workflow_scripts.evaluation.statistics import (
+    Comparison,
+    Levels,
+    Ranking,
+    bootstrap_interval,
+    compare,
+    merge_equal_sets,
+    rank,
+)
 from workflow_scripts.report.data import ReportData, ScoreRow
 
 AVERAGE = "average"
@@ -28,35 +37,51 @@ _READ: dict[str, Callable[[ScoreRow], float | None]] = {
     "best": lambda score: score.top1_best,
     "top5": lambda score: score.top5_last,
 }
+_FIELDS = (
+    "run", "method", "ipc", "seed", "protocol", "architecture", "repeat", "top1_best", "top1_last", "top5_last", "epochs",
+    "images_seen", "seconds", "set_digest",
+)  # fmt: skip
+
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class LeaderboardRow:
-    """What one method reaches at one IPC with one architecture, or on average over all of them.
+class Scores:
+    """One metric of one method in one column: the scores of each seed, and what names each seed's distilled set."""
 
-    ``summaries`` holds one summary per metric; ``sets`` counts the different distilled sets behind it.
+    by_seed: Mapping[Hashable, Sequence[float]]
+    sets: Mapping[Hashable, Hashable]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An entry of the leaderboard.
+
+    Attributes:
+        levels: mean, and spread between distilled sets and between trainings.
+        interval: 95 % interval of the mean by the hierarchical bootstrap; None for a single training.
+        rank: one plus the number of methods of the column that are distinguishably better.
+        letters: methods that share one cannot be told apart.
+        place: ``best`` for the highest mean of the column, ``close`` where that cannot be told apart from it, or empty.
     """
 
-    protocol: str
-    ipc: int
-    method: str
-    architecture: str
-    summaries: Mapping[str, Summary]
-    sets: int
-
-
-@dataclass(frozen=True)
-class Standing:
-    """A summary and its place in its column: ``best``, ``close`` (its interval overlaps the best one's) or neither."""
-
-    summary: Summary
+    levels: Levels
+    interval: Interval | None
+    rank: int
+    letters: str
     place: str
+
+    @property
+    def mean(self) -> float:
+        """Mean over the sets, in percent."""
+        return self.levels.mean
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A method's mean minus a baseline's, in points; ``clear`` when their intervals do not overlap."""
+    """A method minus another, paired by seed, in points; ``clear`` where the ranking tells them apart."""
 
+    comparison: Comparison | None
     points: float
     clear: bool
 
@@ -66,25 +91,27 @@ class Board:
     """The leaderboard of one protocol and IPC.
 
     ``cells`` is keyed by (method, column, metric), ``differences`` by (method, baseline, metric); what was not trained
-    is missing. Differences are those of ``compared``, the average column or the only architecture.
+    is missing. ``rankings``, by metric, and differences are those of ``compared``, the average column or the only
+    architecture.
     """
 
     protocol: str
     ipc: int
     methods: tuple[str, ...]
     columns: tuple[str, ...]
+    averaged: tuple[str, ...]
     baselines: tuple[str, ...]
     compared: str
-    cells: Mapping[tuple[str, str, str], Standing]
+    cells: Mapping[tuple[str, str, str], Cell]
     differences: Mapping[tuple[str, str, str], Difference]
-    rows: Mapping[tuple[str, str], LeaderboardRow]
+    rankings: Mapping[str, Ranking]
 
     def best(self, metric: str) -> str | None:
         """The method that leads the compared column."""
         return next((m for m in self.methods if self.place(m, metric) == "best"), None)
 
     def close(self, metric: str) -> list[str]:
-        """The methods whose interval overlaps the leader's in the compared column."""
+        """The methods that the compared column cannot tell from the leader."""
         return [m for m in self.methods if self.place(m, metric) == "close"]
 
     def place(self, method: str, metric: str) -> str:
@@ -92,80 +119,122 @@ class Board:
         cell = self.cells.get((method, self.compared, metric))
         return cell.place if cell else ""
 
+    def against_best(self, method: str, metric: str) -> Difference | None:
+        """The leader of the compared column minus a method."""
+        leader = self.best(metric)
+        if leader is None or leader == method or (method, self.compared, metric) not in self.cells:
+            return None
+        return _difference(self.rankings[metric], leader, method)
+
 
 def metrics(data: ReportData) -> dict[str, str]:
     """The metrics that the run's scores have, with their titles."""
     return {key: title for key, title in METRICS.items() if any(_READ[key](score) is not None for score in data.scores)}
 
 
-def leaderboard(data: ReportData) -> list[LeaderboardRow]:
-    """Aggregate the scores over seeds and repeats.
+def collect(data: ReportData, protocol: str, ipc: int, column: str, metric: str) -> dict[str, Scores]:
+    """Gather the scores of each method in one column of one board.
 
-    With more than one architecture, every method gets a further row under ``AVERAGE``: each seed and repeat contributes
-    its mean over the architectures, provided that all of them were trained, so that the interval is one over sets.
+    In the average column each seed and repeat contributes its mean over the architectures, provided that all of them were
+    trained, so that the level of sets stays one of sets.
     """
-    grouped: dict[tuple[str, int, str], list[ScoreRow]] = defaultdict(list)
+    counted = averaged(data, protocol) if column == AVERAGE else [column]
+    grouped: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
+    sets: dict[str, dict[Hashable, Hashable]] = defaultdict(dict)
     for score in data.scores:
-        grouped[score.protocol, score.ipc, score.method].append(score)
-    protocols = dict.fromkeys(score.protocol for score in data.scores)
-    rows = []
-    for protocol in protocols:
-        architectures = _architectures(data, protocol)
-        averaged = [key for key in architectures if key not in data.summarised]
-        for ipc in data.ipcs:
-            for method in (info.name for info in data.methods):
-                scores = grouped.get((protocol, ipc, method), [])
-                for architecture in architectures:
-                    chosen = [score for score in scores if score.architecture == architecture]
-                    if chosen:
-                        rows.append(_row(protocol, ipc, method, architecture, [[score] for score in chosen]))
-                if len(averaged) > 1:
-                    nets: dict[tuple[int, int], list[ScoreRow]] = defaultdict(list)
-                    for score in scores:
-                        if score.architecture in averaged:
-                            nets[score.seed, score.repeat].append(score)
-                    complete = [group for group in nets.values() if len(group) == len(averaged)]
-                    if complete:
-                        rows.append(_row(protocol, ipc, method, AVERAGE, complete))
-    return rows
+        value = _READ[metric](score)
+        if (score.protocol, score.ipc) == (protocol, ipc) and score.architecture in counted and value is not None:
+            grouped[score.method][score.seed, score.repeat].append(value)
+            sets[score.method][score.seed] = score.set_digest
+    found: dict[str, Scores] = {}
+    for method in (info.name for info in data.methods):
+        by_seed: dict[Hashable, list[float]] = defaultdict(list)
+        for (seed, _), values in grouped.get(method, {}).items():
+            if len(values) == len(counted):
+                by_seed[seed].append(sum(values) / len(counted))
+        if by_seed:
+            found[method] = Scores(by_seed, sets[method])
+    return found
 
 
 def boards(data: ReportData) -> list[Board]:
     """Arrange the leaderboard in one table per protocol and IPC, and compare within each column."""
-    by_board: dict[tuple[str, int], list[LeaderboardRow]] = defaultdict(list)
-    for row in leaderboard(data):
-        by_board[row.protocol, row.ipc].append(row)
-    columns = {protocol: _architectures(data, protocol) for protocol, _ in by_board}
-    columns = {name: (*keys, AVERAGE) if len(keys) > 1 else keys for name, keys in columns.items()}
-    return [_board(data, protocol, ipc, columns[protocol], rows) for (protocol, ipc), rows in by_board.items()]
+    trained = {(score.protocol, score.ipc) for score in data.scores}
+    protocols = dict.fromkeys(score.protocol for score in data.scores)
+    return [_board(data, protocol, ipc) for protocol in protocols for ipc in data.ipcs if (protocol, ipc) in trained]
+
+
+def warnings(arranged: Iterable[Board]) -> list[tuple[str, str]]:
+    """What entries of the compared columns cannot tell, each with the methods concerned."""
+    found: dict[str, dict[str, None]] = defaultdict(dict)
+    every = set()
+    for board in arranged:
+        for method in board.methods:
+            cell = board.cells.get((method, board.compared, "last"))
+            every.add(method)
+            if cell and cell.levels.warning:
+                found[cell.levels.warning][method] = None
+    return [(text, ", ".join(names) if set(names) < every else "All entries") for text, names in found.items()]
 
 
 def csv_rows(data: ReportData) -> list[dict[str, Any]]:
-    """One row per training: the fields of ``ScoreRow`` without the curve."""
-    fields = [field.name for field in dataclasses.fields(ScoreRow) if field.name != "curve"]
-    return [{name: getattr(score, name) for name in fields} for score in data.scores]
+    """One row per training."""
+    return [{name: getattr(score, name) for name in _FIELDS} for score in data.scores]
 
 
-def leaderboard_csv_rows(data: ReportData) -> list[dict[str, Any]]:
-    """One row per entry of the leaderboard and metric: n, mean, standard deviation and 95 % interval."""
+def leaderboard_csv_rows(data: ReportData, arranged: Iterable[Board]) -> list[dict[str, Any]]:
+    """One row per entry of the leaderboard and metric, with n and standard deviation at both levels."""
     return [
         {
             "run": data.run,
-            "protocol": row.protocol,
-            "ipc": row.ipc,
-            "method": row.method,
-            "architecture": row.architecture,
+            "protocol": board.protocol,
+            "ipc": board.ipc,
+            "method": method,
+            "architecture": column,
             "metric": metric,
-            "n": summary.n,
-            "sets": row.sets,
-            "mean": summary.mean,
-            "std": summary.std,
-            "ci95_low": summary.interval[0] if summary.interval else None,
-            "ci95_high": summary.interval[1] if summary.interval else None,
+            "mean": cell.mean,
+            "ci95_low": cell.interval[0] if cell.interval else None,
+            "ci95_high": cell.interval[1] if cell.interval else None,
+            "sets": cell.levels.sets,
+            "trainings": cell.levels.trainings,
+            "sd_sets": cell.levels.spread,
+            "sd_trainings": cell.levels.std_within,
+            "rank": cell.rank,
+            "groups": cell.letters,
+            "warning": cell.levels.warning,
         }
-        for row in leaderboard(data)
-        for metric, summary in row.summaries.items()
+        for board in arranged
+        for (method, column, metric), cell in board.cells.items()
     ]
+
+
+def comparison_csv_rows(data: ReportData, arranged: Iterable[Board]) -> list[dict[str, Any]]:
+    """One row per pair of methods in the compared column of each board, and metric."""
+    rows = []
+    for board in arranged:
+        for metric, ranking in board.rankings.items():
+            for (first, second), found in ranking.comparisons.items():
+                rows.append(
+                    {
+                        "run": data.run,
+                        "protocol": board.protocol,
+                        "ipc": board.ipc,
+                        "architecture": board.compared,
+                        "metric": metric,
+                        "first": first,
+                        "second": second,
+                        "seeds": found.seeds if found else 0,
+                        "difference": found.difference if found else None,
+                        "ci95_low": found.interval[0] if found and found.interval else None,
+                        "ci95_high": found.interval[1] if found and found.interval else None,
+                        "effect": found.effect if found else None,
+                        "effect_low": found.effect_interval[0] if found and found.effect_interval else None,
+                        "effect_high": found.effect_interval[1] if found and found.effect_interval else None,
+                        "p_holm": ranking.p_values[first, second],
+                        "distinguishable": ranking.distinguishable(first, second),
+                    }
+                )
+    return rows
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -178,13 +247,38 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def latex(data: ReportData, metric: str = "last") -> str:
-    """The leaderboard as one booktabs table per protocol: mean ± standard deviation, the best mean in bold."""
-    by_protocol: dict[str, list[Board]] = defaultdict(list)
-    for board in boards(data):
-        by_protocol[board.protocol].append(board)
-    tables = [_latex_table(data, protocol, group, metric) for protocol, group in by_protocol.items()]
+def latex(data: ReportData, arranged: Iterable[Board], metric: str = "last") -> str:
+    """The leaderboard as one booktabs table per protocol: mean ± standard deviation over sets, the best mean in bold."""
+    tables = [_latex_table(data, protocol, group, metric) for protocol, group in _by_protocol(arranged).items()]
     return "% Needs \\usepackage{booktabs}\n" + "\n".join(tables)
+
+
+def markdown(data: ReportData, arranged: Iterable[Board], metric: str = "last") -> str:
+    """The same as Markdown."""
+    parts = []
+    for protocol, group in _by_protocol(arranged).items():
+        columns = group[0].columns
+        heads = [
+            f"IPC {board.ipc}" if len(columns) == 1 else f"IPC {board.ipc}, {column_title(data, column)}"
+            for board in group
+            for column in columns
+        ]
+        lines = [
+            f"{METRICS[metric]} (%), protocol {protocol}. {_SPREAD}",
+            "",
+            "| " + " | ".join(["Method", *map(_markdown_escape, heads)]) + " |",
+            "| " + " | ".join(["---", *["---:"] * len(heads)]) + " |",
+        ]
+        for method in _shown(data, group):
+            cells = [board.cells.get((method, column, metric)) for board in group for column in columns]
+            lines.append("| " + " | ".join([_markdown_escape(method), *map(_markdown_cell, cells)]) + " |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+_SPREAD = (
+    "Mean ± standard deviation over distilled sets (over trainings where there is one set); the best mean in bold."
+)
 
 
 def latex_escape(text: str) -> str:
@@ -198,63 +292,112 @@ def latex_escape(text: str) -> str:
     return "".join(special.get(character, character) for character in text)
 
 
-def _architectures(data: ReportData, protocol: str) -> tuple[str, ...]:
-    used = {score.architecture for score in data.scores if score.protocol == protocol}
+def column_title(data: ReportData, column: str) -> str:
+    """The heading of a leaderboard column."""
+    return "Average" if column == AVERAGE else data.architectures[column]
+
+
+def architectures_of(data: ReportData, protocol: str | None = None) -> tuple[str, ...]:
+    """The architectures that were trained, by a protocol or any, in the report's order."""
+    used = {score.architecture for score in data.scores if protocol in (None, score.protocol)}
     return tuple(key for key in data.architectures if key in used)
 
 
-def _row(
-    protocol: str, ipc: int, method: str, architecture: str, trainings: Sequence[Sequence[ScoreRow]]
-) -> LeaderboardRow:
-    summaries = {}
-    for metric, read in _READ.items():
-        groups = [[value for score in group if (value := read(score)) is not None] for group in trainings]
-        if all(len(values) == len(group) for values, group in zip(groups, trainings, strict=True)):
-            summaries[metric] = summarize([sum(values) / len(values) for values in groups])
-    sets = {score.set_digest for group in trainings for score in group}
-    return LeaderboardRow(protocol, ipc, method, architecture, summaries, len(sets))
+def averaged(data: ReportData, protocol: str) -> list[str]:
+    """The architectures over which a protocol's average is taken: all that are no means themselves."""
+    return [key for key in architectures_of(data, protocol) if key not in data.summarised]
 
 
-def _overlap(first: Summary, second: Summary) -> bool:
-    """Whether two 95 % intervals overlap; a single training has none, so nothing can be said."""
-    if first.interval is None or second.interval is None:
-        return False
-    return first.interval[0] <= second.interval[1] and second.interval[0] <= first.interval[1]
+def letters(groups: Sequence[int]) -> str:
+    """Groups of a ranking as letters: a, b, ... z, aa, ..."""
+    return " ".join(chr(97 + group) if group < 26 else chr(96 + group // 26) + chr(97 + group % 26) for group in groups)
 
 
-def _board(
-    data: ReportData, protocol: str, ipc: int, columns: tuple[str, ...], rows: Iterable[LeaderboardRow]
-) -> Board:
-    found = {(row.method, row.architecture): row for row in rows}
-    methods = tuple(info.name for info in data.methods if any(method == info.name for method, _ in found))
-    cells, differences = {}, {}
-    baselines = tuple(name for name in data.baselines if name in methods and len(methods) > 1)
+def _board(data: ReportData, protocol: str, ipc: int) -> Board:
+    columns = architectures_of(data, protocol)
+    columns = (*columns, AVERAGE) if len(columns) > 1 else columns
+    compared = columns[-1]
+    cells: dict[tuple[str, str, str], Cell] = {}
+    rankings: dict[str, Ranking] = {}
     for metric in METRICS:
         for column in columns:
-            summaries = {
-                method: found[method, column].summaries[metric]
-                for method in methods
-                if (method, column) in found and metric in found[method, column].summaries
-            }
-            if not summaries:
+            scores = collect(data, protocol, ipc, column, metric)
+            if not scores:
                 continue
-            leader = max(summaries, key=lambda method: summaries[method].mean)
-            for method, summary in summaries.items():
-                close = _overlap(summary, summaries[leader])
-                place = "best" if method == leader else "close" if close else ""
-                cells[method, column, metric] = Standing(summary, place)
-            if column != columns[-1]:
-                continue
-            for baseline in (name for name in baselines if name in summaries):
-                for method, summary in summaries.items():
-                    if method == baseline:
-                        continue
-                    reference = summaries[baseline]
-                    clear = summary.interval is not None and reference.interval is not None
-                    differences[method, baseline, metric] = Difference(
-                        summary.mean - reference.mean, clear and not _overlap(summary, reference)
-                    )
-    return Board(protocol, ipc, methods, columns, baselines, columns[-1], cells, differences, found)
+            ranking = rank({m: s.by_seed for m, s in scores.items()}, sets={m: s.sets for m, s in scores.items()})
+            leader = ranking.entries[0].method
+            for entry in ranking.entries:
+                close = entry.method != leader and not ranking.distinguishable(leader, entry.method)
+                cells[entry.method, column, metric] = Cell(
+                    entry.levels,
+                    interval_of(scores[entry.method]),
+                    entry.place,
+                    letters(entry.groups),
+                    "best" if entry.method == leader else "close" if close else "",
+                )
+            if column == compared:
+                rankings[metric] = ranking
+    methods = tuple(info.name for info in data.methods if any(method == info.name for method, _, _ in cells))
+    baselines = tuple(name for name in data.baselines if name in methods and len(methods) > 1)
+    differences = {
+        (method, baseline, metric): _difference(ranking, method, baseline)
+        for metric, ranking in rankings.items()
+        for method in methods
+        for baseline in baselines
+        if method != baseline and {(method, compared, metric), (baseline, compared, metric)} <= cells.keys()
+    }
+    nets = tuple(averaged(data, protocol))
+    return Board(protocol, ipc, methods, columns, nets, baselines, compared, cells, differences, rankings)
+
+
+def interval_of(scores: Scores) -> Interval | None:
+    """The 95 % interval of a method's mean by the hierarchical bootstrap; seeds of one set are one set."""
+    return bootstrap_interval(merge_equal_sets(scores.by_seed, scores.sets), np.random.default_rng(0))
+
+
+def paired(first: Scores, second: Scores) -> Comparison | None:
+    """The first minus the second on the seeds that they share, if any."""
+    shared = set(first.by_seed) & set(second.by_seed)
+    return compare(first.by_seed, second.by_seed) if shared else None
+
+
+def _difference(ranking: Ranking, first: str, second: str) -> Difference:
+    means = {entry.method: entry.levels.mean for entry in ranking.entries}
+    found, sign = ranking.comparisons.get((first, second)), 1
+    if (first, second) not in ranking.comparisons:
+        found, sign = ranking.comparisons[second, first], -1
+    if found is not None and sign < 0:
+        found = _reversed(found)
+    points = means[first] - means[second] if found is None else found.difference
+    return Difference(found, points, ranking.distinguishable(first, second))
+
+
+def _reversed(found: Comparison) -> Comparison:
+    def flip(interval: Interval | None) -> Interval | None:
+        return None if interval is None else (-interval[1], -interval[0])
+
+    return Comparison(
+        found.seeds,
+        found.unpaired,
+        -found.difference,
+        flip(found.interval),
+        found.p_value,
+        None if found.effect is None else -found.effect,
+        flip(found.effect_interval),
+        found.warning,
+    )
+
+
+def _by_protocol(arranged: Iterable[Board]) -> dict[str, list[Board]]:
+    by_protocol: dict[str, list[Board]] = defaultdict(list)
+    for board in arranged:
+        by_protocol[board.protocol].append(board)
+    return by_protocol
+
+
+def _shown(data: ReportData, group: Sequence[Board]) -> list[str]:
+    shown = {method for board in group for method in board.methods}
+    return [info.name for info in data.methods if info.name in shown]
 
 
 def _latex_table(data: ReportData, protocol: str, group: Sequence[Board], metric: str) -> str:
@@ -265,11 +408,13 @@ def _latex_table(data: ReportData, protocol: str, group: Sequence[Board], metric
         first = 2 + place * len(columns)
         spans.append(rf"\multicolumn{{{len(columns)}}}{{c}}{{IPC {board.ipc}}}")
         rules.append(rf"\cmidrule(lr){{{first}-{first + len(columns) - 1}}}")
+    caption = latex_escape(f"{data.title}: {METRICS[metric]} (%), protocol {protocol}. {_SPREAD}").replace(
+        "±", r"$\pm$"
+    )
     lines = [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{latex_escape(data.title)}: {METRICS[metric]} (\%), protocol {latex_escape(protocol)}. "
-        r"Mean $\pm$ standard deviation over trainings; the best mean in bold.}",
+        rf"\caption{{{caption}}}",
         rf"\begin{{tabular}}{{l{'r' * len(columns) * len(group)}}}",
         r"\toprule",
         " & ".join(["", *spans]) + r" \\",
@@ -277,23 +422,33 @@ def _latex_table(data: ReportData, protocol: str, group: Sequence[Board], metric
         " & ".join(["Method", *(names * len(group))]) + r" \\",
         r"\midrule",
     ]
-    shown = {method for board in group for method in board.methods}
-    for method in (info.name for info in data.methods if info.name in shown):
+    for method in _shown(data, group):
         cells = [_latex_cell(board.cells.get((method, column, metric))) for board in group for column in columns]
         lines.append(" & ".join([latex_escape(method), *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 
-def _latex_cell(cell: Standing | None) -> str:
+def _spread(cell: Cell) -> float | None:
+    return cell.levels.std_within if cell.levels.spread is None else cell.levels.spread
+
+
+def _latex_cell(cell: Cell | None) -> str:
     if cell is None:
         return "--"
-    mean = f"{cell.summary.mean:.1f}"
+    mean = f"{cell.mean:.1f}"
     if cell.place == "best":
         mean = rf"\mathbf{{{mean}}}"
-    spread = "" if cell.summary.std is None else rf" \pm {cell.summary.std:.1f}"
-    return f"${mean}{spread}$"
+    spread = _spread(cell)
+    return f"${mean}$" if spread is None else rf"${mean} \pm {spread:.1f}$"
 
 
-def column_title(data: ReportData, column: str) -> str:
-    """The heading of a leaderboard column."""
-    return "Average" if column == AVERAGE else data.architectures[column]
+def _markdown_cell(cell: Cell | None) -> str:
+    if cell is None:
+        return "–"
+    spread = _spread(cell)
+    text = f"{cell.mean:.1f}{'' if spread is None else f' ± {spread:.1f}'}"
+    return f"**{text}**" if cell.place == "best" else text
+
+
+def _markdown_escape(text: str) -> str:
+    return "".join("\\" + character if character in r"\|*_`[]<>#" else character for character in text)

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from workflow_scripts.data.preprocess import load_squares
 from workflow_scripts.data.sources import BadImage
 from workflow_scripts.diffusion.backbone import Autoencoder
 from workflow_scripts.errors import DataError
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import stage_main
+from workflow_scripts.stages.inputs import real_batches, refuse_skipped
 from workflow_scripts.stages.memory import Batch
 from workflow_scripts.stages.worker import Computed, pick_device, quiet_libraries, run_shard
 from workflow_scripts.store.results import Result
@@ -25,8 +25,7 @@ from workflow_scripts.store.results import Result
 def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     """Encode one shard."""
     config = recipes.config
-    if config.dataset.on_bad_image == "fail":
-        _refuse_skipped(recipes, shard)
+    refuse_skipped(recipes, "encode", shard)
     if config.dataset.source != "imagefolder":  # which says all there is to say
         for split, found in recipes.catalog.describe().items():
             tqdm.write(f"{split}: {found}", file=sys.stderr)
@@ -47,13 +46,6 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     return run_shard(recipes, "encode", shard, compute, str(device))
 
 
-def _refuse_skipped(recipes: Recipes, shard: str) -> None:
-    """Raise for latents of an earlier run that left out images which this run must not leave out."""
-    for result in recipes.stage_results("encode", shard):
-        if recipes.store.exists(result) and (skipped := recipes.store.record(result)["skipped"]):
-            raise BadImage(skipped[0]["path"], result.class_name, skipped[0]["reason"])
-
-
 def encode_class(
     recipes: Recipes, autoencoder: Autoencoder, class_name: str, batch: Batch
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -62,24 +54,13 @@ def encode_class(
     With ``encode.flip: both`` the mirror images follow the images, in the same order.
     """
     config = recipes.config
-    entries = recipes.catalog.entries(class_name, "train")
     skipped: list[BadImage] = []
     keys: list[str] = []
     means, logvars = [], []
     flips = (False, True) if config.encode.flip == "both" else (False,)
     for flip in flips:
         keys, skipped = [], []
-        for kept, pixels in load_squares(
-            recipes.catalog.source,
-            class_name,
-            entries,
-            resolution=config.dataset.resolution,
-            crop=config.dataset.crop,
-            resample=config.dataset.resample,
-            workers=config.compute.workers,
-            batch=config.compute.encode_batch,
-            on_bad=skipped.append if config.dataset.on_bad_image == "skip" else None,
-        ):
+        for kept, pixels in real_batches(recipes, class_name, skipped):
             for mean, logvar in batch.over(
                 np.ascontiguousarray(pixels[:, :, ::-1]) if flip else pixels, autoencoder.encode
             ):
@@ -88,7 +69,7 @@ def encode_class(
             keys += [entry.key for entry in kept]
     if not keys:
         raise DataError(
-            f"class {class_name}: none of its {len(entries)} images can be read (first: {skipped[0].path}). Replace them."
+            f"class {class_name}: none of its {len(skipped)} images can be read (first: {skipped[0].path}). Replace them."
         )
     arrays = {"mean": np.concatenate(means).astype(np.float16), "logvar": np.concatenate(logvars).astype(np.float16)}
     if not all(np.isfinite(array).all() for array in arrays.values()):

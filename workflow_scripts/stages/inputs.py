@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from workflow_scripts.data.preprocess import load_labelled, load_squares
-from workflow_scripts.data.sources import BadImage
+from workflow_scripts.data.sources import BadImage, ImageEntry
 from workflow_scripts.diffusion.checkpoint import autoencoder_of
 from workflow_scripts.recipes import Recipes
 
@@ -75,6 +75,36 @@ def real_images(recipes: Recipes, class_name: str, keys: Iterable[str]) -> np.nd
         batch=config.compute.encode_batch,
     )
     return np.concatenate([pixels for _, pixels in batches])
+
+
+def real_batches(
+    recipes: Recipes, class_name: str, skipped: list[BadImage]
+) -> Iterator[tuple[list[ImageEntry], np.ndarray]]:
+    """Read a class's training images as the backbone sees them, a batch at a time: entries and uint8 (n, H, W, 3).
+
+    With ``on_bad_image: skip``, images that cannot be read are left out and added to ``skipped``.
+    """
+    config = recipes.config
+    return load_squares(
+        recipes.catalog.source,
+        class_name,
+        recipes.catalog.entries(class_name, "train"),
+        resolution=config.dataset.resolution,
+        crop=config.dataset.crop,
+        resample=config.dataset.resample,
+        workers=config.compute.workers,
+        batch=config.compute.encode_batch,
+        on_bad=skipped.append if config.dataset.on_bad_image == "skip" else None,
+    )
+
+
+def refuse_skipped(recipes: Recipes, stage: str, shard: str) -> None:
+    """Raise for results of an earlier run that left out images which this run must not leave out."""
+    if recipes.config.dataset.on_bad_image == "skip":
+        return
+    for result in recipes.stage_results(stage, shard):
+        if recipes.store.exists(result) and (skipped := recipes.store.record(result)["skipped"]):
+            raise BadImage(skipped[0]["path"], result.class_name, skipped[0]["reason"])
 
 
 def training_images(recipes: Recipes) -> tuple[np.ndarray, np.ndarray, list[BadImage]]:

@@ -78,11 +78,13 @@ def slurm_seconds_left() -> float | None:
     if job is None or shutil.which("squeue") is None:
         return None
     try:
-        command = ["squeue", "--noheader", f"--jobs={job}", "--format=%L"]
+        command = ["squeue", "--noheader", f"--jobs={job}", "--format=%A %L"]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return parse_seconds(ended.stdout.strip())
+    lines = (line.split() for line in ended.stdout.splitlines())
+    left = {line[0]: line[1] for line in lines if len(line) == 2}  # one array task has the number of the whole array
+    return parse_seconds(left.get(job, ""))
 
 
 def parse_seconds(text: str) -> float | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,7 +80,7 @@ def fit_teacher(recipes: Recipes, protocol: str, test: Labelled, device: torch.d
     )
     path = recipes.teacher_weights(protocol)
     checkpoint = path.with_name(f"{path.stem}.checkpoints") / path.name
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}.{uuid.uuid4().hex}")  # two jobs may make the same teacher
 
     def keep(network: nn.Module) -> None:
         save_file({name: value.cpu().contiguous() for name, value in network.state_dict().items()}, temporary)
@@ -98,9 +100,7 @@ def fit_teacher(recipes: Recipes, protocol: str, test: Labelled, device: torch.d
         except ValueError as error:
             raise DataError(f"teacher of {protocol}: {error} (evaluation: teacher.fit)") from error
         temporary.replace(path)
-    checkpoint.unlink(missing_ok=True)
-    if checkpoint.parent.exists():
-        checkpoint.parent.rmdir()
+    shutil.rmtree(checkpoint.parent, ignore_errors=True)
 
 
 if __name__ == "__main__":

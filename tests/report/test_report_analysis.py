@@ -133,6 +133,13 @@ def test_a_changed_protocol_matches_nothing_and_says_why(minimal: Callable[..., 
     assert found.others[0][1] == "protocol hard-sgd, not hard-sgd with another epochs and flip"
 
 
+def test_a_variant_of_a_published_protocol_goes_by_its_name_in_print(minimal: Callable[..., ReportData]) -> None:
+    row = dataclasses.replace(woof(minimal).scores[0], protocol="mine")
+    data = woof(minimal, scores=(row,), presets={"mine": "soft-d3hr"})
+    found = literature(data, boards(data), [published(protocol="soft-online"), published()])
+    assert [beside.row.protocol for beside in found.rows] == ["soft-online"]
+
+
 def test_data_that_nobody_published_on(minimal: Callable[..., ReportData]) -> None:
     assert "digits is no published data set" in literature(minimal(), boards(minimal())).reason
     data = woof(minimal)

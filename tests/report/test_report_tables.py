@@ -86,6 +86,20 @@ def test_average_pairs_architectures_within_a_set(demo: ReportData) -> None:
     )
 
 
+def test_means_over_others_have_a_column_and_are_not_averaged_again(demo: ReportData) -> None:
+    extra = tuple(dataclasses.replace(s, architecture="unseen", top1_last=0.0) for s in demo.scores[:3])
+    data = dataclasses.replace(
+        demo,
+        architectures={**demo.architectures, "unseen": "mean of 4 unseen"},
+        scores=(*demo.scores, *extra),
+        summarised=("unseen",),
+    )
+    board, plain = boards(data)[0], boards(demo)[0]
+    assert board.columns == ("convnet", "resnet_ap10", "unseen", AVERAGE) and len(board.averaged) == 2
+    for method in plain.methods:
+        assert board.cells[method, AVERAGE, "last"] == plain.cells[method, AVERAGE, "last"]
+
+
 def test_csv(demo: ReportData, minimal: Callable[..., ReportData]) -> None:
     trainings = list(csv.DictReader(io.StringIO(to_csv(csv_rows(demo)))))
     assert len(trainings) == 84

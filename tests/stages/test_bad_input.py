@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -254,11 +255,9 @@ def test_a_file_size_limit_stops_a_stage_cleanly(site: Site, programs: Programs)
     before = stored(site.results)
     resolved = site.resolved(FEW)
     ended = programs.stage("sample", "--resolved", resolved, "--shard", "mgd3-000", biggest_file=600).wait()
-    lines = [line for line in ended.stderr.splitlines() if "result/s]" not in line]  # the modes are not there yet
-    assert lines[0].startswith("sample mgd3-000: ")
-    assert len(lines) == len(support.CLASSES) * len(config.ipc) * len(config.seeds)
-    assert all(f"class {name}" in ended.stderr for name in support.CLASSES)
-    assert all("stillhouse verify" in line for line in lines)
+    assert ended.code == 1
+    for name in support.CLASSES:  # their modes are not there yet
+        assert re.search(rf"class {name} .*`stillhouse verify`", ended.stderr), ended.stderr
     ended = programs.stage("cluster", "--resolved", resolved, "--shard", "000", biggest_file=600).wait()
     one_line(ended, "cluster 000: ", "cannot be written (File too large)", "free some space", "same command again")
     assert stored(site.results) == before

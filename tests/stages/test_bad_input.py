@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -256,8 +255,8 @@ def test_a_file_size_limit_stops_a_stage_cleanly(site: Site, programs: Programs)
     resolved = site.resolved(FEW)
     ended = programs.stage("sample", "--resolved", resolved, "--shard", "mgd3-000", biggest_file=600).wait()
     assert ended.code == 1
-    for name in support.CLASSES:  # their modes are not there yet
-        assert re.search(rf"class {name} .*`stillhouse verify`", ended.stderr), ended.stderr
+    assert "class ant cannot be read" in ended.stderr  # its modes are not there yet; the limit cuts what follows
+    assert "stillhouse verify" in ended.stderr
     ended = programs.stage("cluster", "--resolved", resolved, "--shard", "000", biggest_file=600).wait()
     one_line(ended, "cluster 000: ", "cannot be written (File too large)", "free some space", "same command again")
     assert stored(site.results) == before

@@ -11,6 +11,7 @@ import yaml
 from workflow_scripts.errors import ConfigError
 from workflow_scripts.operations import doctor
 from workflow_scripts.operations.doctor import Check
+from workflow_scripts.recipes import GPU_STAGES
 
 PARTITIONS = """\
 gpu|2-00:00:00|8|64|512000|gpu:h100:4(S:0-1)
@@ -66,6 +67,14 @@ def doctor_profile(shipped: dict[str, object], changes: dict[str, object]) -> di
 
 
 Look = Callable[..., dict[str, Check]]
+
+
+def test_the_profile_knows_every_rule() -> None:
+    profile = yaml.safe_load((support.ROOT / "slurm_profile" / "config.yaml").read_text())
+    rules = {path.stem for path in (support.ROOT / "rules").glob("*.smk")} - {"common"}
+    assert set(profile["set-resources"]) == set(profile["set-threads"]) == rules
+    partitions = {rule: own.get("slurm_partition") for rule, own in profile["set-resources"].items()}
+    assert partitions == {rule: "gpu" if rule in GPU_STAGES else None for rule in rules}
 
 
 def test_a_cluster_with_slurmdbd(look: Look) -> None:

@@ -41,7 +41,11 @@ def test_a_run_over_two_nodes_and_four_gpus(place: Place) -> None:
     where = {place.began(name)[0].read_text() for name in firsts}
     assert {text.split()[0] for text in where} == set(NODES), "both nodes work"
     assert len(where) == len(NODES) * GPUS_PER_NODE == 4, "each job has a GPU of its own"
-    assert all(job["gres"].startswith("gres:gpu") or "gpu" in job["gres"] for job in place.lab.jobs("RUNNING"))
+    running = place.lab.jobs("RUNNING")
+    assert {(job["partition"], job["limit"]) for job in running} == {("gpu", "17:00"), ("gpu", "16:00")}, (
+        "2 or 1 classes"
+    )
+    assert all("TresPerJob=gres:gpu:1" in place.lab.scontrol("show", "job", job["id"]) for job in running)
     place.release()
     assert controller.wait(900) == 0, controller.said
     assert (place.results / "tiny" / "report" / "index.html").is_file()

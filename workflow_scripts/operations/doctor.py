@@ -181,7 +181,9 @@ def _run(recipes: Recipes) -> Iterator[Check]:
     yield Check(
         "images",
         "ok",
-        f"{classes} classes; {'; '.join(f'{split}: {found}' for split, found in recipes.catalog.describe().items())}",
+        "; ".join(
+            [f"{classes} classes", *(f"{split}: {found}" for split, found in recipes.catalog.describe().items())]
+        ),
     )
 
 

@@ -353,7 +353,7 @@ class Progress:
             return recipes.labels_path(recipes.labels[job.shard]) / RECORD
         if job.stage == "report":
             return report_folder(self._config, job) / "index.html"
-        return recipes.backbone.path
+        return recipes.backbone.path if job.stage == "fit_backbone" else self._config.results / job.manifest
 
     def _whole(self, job: Job) -> bool:
         return (self._config.results / job.manifest).exists()

@@ -326,7 +326,8 @@ class _Seconds:
             self._read[result.digest] = (result.stage, record["seconds"])
             self.devices[result.stage] = record["device"]
             self.hosts.add(record["host"])
-            for bad in record.get("skipped", ()):
+            listed = record["skipped"] if result.stage in ("encode", "features") else ()  # experts only count theirs
+            for bad in listed:
                 self.skipped[SkippedImage(result.class_name, bad["path"], bad["reason"])] = None
 
     def stage_times(self) -> list[StageTime]:

@@ -103,7 +103,7 @@ def test_done_running_set_aside_and_missing(told: Told) -> None:
         "five are left, of four seconds each; what is set aside is not"
     )
     assert snapshot.seconds_left == encode.seconds_left
-    assert set(snapshot.unmeasured) == {"sample", "export", "evaluate", "report"}
+    assert set(snapshot.unmeasured) == {"sample", "export", "evaluate", "measure", "report"}
 
 
 def test_images_weigh_by_ipc(told: Told) -> None:

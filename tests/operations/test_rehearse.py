@@ -84,7 +84,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 def test_every_stage_and_training_free_method_runs_on_it(rehearsal: Path) -> None:
     config = config_of(rehearsal)
     done = support.run_jobs(config)
-    assert done.stages() == {"encode", "cluster", "invert", "sample", "export", "evaluate", "report"}
+    assert done.stages() == {"encode", "cluster", "invert", "sample", "export", "evaluate", "measure", "report"}
     assert done.methods() == set(config.compare)
     assert sum(stage == "sample" for stage, _ in done.jobs) == SHARDS * len(config.compare)
     assert len(done.scores) == len(config.compare)

@@ -190,7 +190,7 @@ def resolved(config: RunConfig, folder: Path) -> Path:
 def test_packs_make_what_shards_make(
     site: support.Site, tmp_path: Path, finished: tuple[support.Site, support.Done], preloaded: None
 ) -> None:
-    """Two workers of three classes, one after the other; what is left then is the evaluation."""
+    """Two workers of three classes, one after the other; what is left then is judging the sets."""
     config = small(site)
     workers = [PackWorker(resolved(config, tmp_path), classes) for classes in (["ant", "cat"], ["bee"])]
     first, second = send(workers, Request("x", 60), "debug", tmp_path / "logs")
@@ -198,15 +198,17 @@ def test_packs_make_what_shards_make(
     recipes = Recipes(config)
     missing = {job.stage for job in recipes.jobs() if not (config.results / job.manifest).exists()}
     assert {job.shard for job in finish(recipes)} == set(), "the first worker has done that"
-    assert missing == {"encode", "cluster", "sample", "export", "evaluate", "report"}, "bee is in a shard of its own"
+    assert missing == {"encode", "cluster", "sample", "export", "evaluate", "measure", "report"}, (
+        "bee is in a shard of its own"
+    )
     wait([second], "debug")
     left = [job.stage for job in recipes.jobs() if not (config.results / job.manifest).exists()]
-    assert set(left) == {"evaluate", "report"}
+    assert set(left) == {"evaluate", "measure", "report"}
     places = support.stored(config.results)
     assert len(places) == 3 * 3
     support.same_content(config.results, finished[0].results, places)
     done = support.run_jobs(config)
-    assert done.stages() == {"evaluate", "report"} and not done.places
+    assert done.stages() == {"evaluate", "measure", "report"} and not done.places
 
 
 def test_a_pack_that_fails_says_what(site: support.Site, tmp_path: Path, preloaded: None) -> None:

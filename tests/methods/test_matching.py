@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from workflow_scripts.methods import dsa
+from workflow_scripts.evaluation import dsa
 from workflow_scripts.methods.matching import (
     FlatNetwork,
     batches,

@@ -241,3 +241,14 @@ def test_squeue_is_read() -> None:
 )
 def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_teachers_and_stored_labels_count_each_for_itself(plan_site) -> None:
+    """A backbone that is there stands for neither."""
+    soft = {"evaluation.protocols": ["soft-fkd"], "evaluation.teacher.fit": {}}
+    config = plan_site().config({"compare": ["dit"], "ipc": [1, 4], "seeds": [0], **soft})
+    snapshot = Progress(Recipes(config), ask=lambda: None).look()
+    jobs = Recipes(config).jobs()
+    for name in ("teacher", "relabel"):
+        count = sum(job.stage == name for job in jobs)
+        assert count and stage(snapshot, name) == (0, 0, 0, count)

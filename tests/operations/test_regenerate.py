@@ -161,11 +161,14 @@ def test_parts_and_killed_calls_go_on_where_they_were(
     generate = sample.generate
 
     def watched(*arguments: Any, **options: Any) -> Any:
-        for number, result in enumerate(generate(*arguments, **options)):
-            if number == 1:
-                raise KeyboardInterrupt
-            made.append(result[0].class_name)
-            yield result
+        def generated(results: Any) -> Any:
+            for number, result in enumerate(generate(*arguments, **options)(results)):
+                if number == 1:
+                    raise KeyboardInterrupt
+                made.append(result[0].class_name)
+                yield result
+
+        return generated
 
     monkeypatch.setattr(sample, "generate", watched)
     options: Any = {"ipc": 1, "compute": CPU}

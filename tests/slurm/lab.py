@@ -7,6 +7,7 @@ cluster that is configured there already is left alone. By hand: ``python tests/
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ETC = Path("/etc/slurm")
+LOCK = Path("/run/lock/stillhouse-slurm-lab")
 MARK = "# Made by tests/slurm/lab.py; removed when the tests end.\n"
 PACKAGES = {"slurmctld": "slurm-wlm", "munged": "munge"}
 DATABASE_PACKAGES = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}
@@ -125,8 +127,11 @@ class Lab:
             LabUnavailable: if this machine cannot run it.
         """
         install(PACKAGES | (DATABASE_PACKAGES if self.accounting else {}))
+        self._lock = LOCK.open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)  # one lab at a time: they share a configuration and ports
         existing = ETC / "slurm.conf"
         if existing.exists() and not existing.read_text().startswith(MARK):
+            self._lock.close()
             raise LabUnavailable(f"{existing} configures another cluster")
         try:
             self._configure()
@@ -158,6 +163,7 @@ class Lab:
             if (path := ETC / name).exists() and path.read_text().startswith(MARK):
                 path.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
 
     def _configure(self) -> None:
         devices = self.folder / "dev"
@@ -346,11 +352,12 @@ def main(arguments: Iterable[str] = ()) -> None:
     """Start a lab and keep it until Ctrl-C."""
     lab = Lab(accounting="--accounting" in arguments)
     lab.start()
-    print(
-        f"SLURM runs, its logs are in {lab.folder}; Ctrl-C ends it.\n{_quiet('sinfo', '-N', '-l').stdout}", flush=True
-    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        print(
+            f"SLURM runs, its logs are in {lab.folder}; Ctrl-C ends it.\n{_quiet('sinfo', '-N', '-l').stdout}",
+            flush=True,
+        )
         signal.pause()
     except KeyboardInterrupt:
         pass

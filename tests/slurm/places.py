@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import support
-import zarr
 from lab import Lab, LabUnavailable
 
 from workflow_scripts.config import RunConfig, resolve
@@ -182,7 +181,7 @@ class Place:
             made = {place for place in support.stored(self.results) if place.startswith(f"{stage}.zarr/")}
             assert made == places, stage
             for name in places:
-                same_to_the_last_bit(self.results / "store" / name, self.undisturbed / "store" / name)
+                same_to_the_last_bit(self.results, self.undisturbed, name)
         recipes = self.recipes()
         for stage in stages:
             for shard in recipes.shards_of(stage):
@@ -191,15 +190,17 @@ class Place:
         assert not list((self.results / "store" / "claims").rglob("*.json"))
 
 
-def same_to_the_last_bit(one: Path, other: Path) -> None:
+def same_to_the_last_bit(results: Path, other: Path, place: str) -> None:
     """Expect equal recipes and arrays; of floats the last bit of half precision may differ between processes."""
-    left, right = (json.loads((path / "zarr.json").read_text())["attributes"] for path in (one, other))
+    left, right = (
+        json.loads((root / "store" / place / "zarr.json").read_text())["attributes"] for root in (results, other)
+    )
     assert left["digest"] == right["digest"]
     assert left["checksums"].keys() == right["checksums"].keys()
     for name, checksum in left["checksums"].items():
         if right["checksums"][name] != checksum:
-            arrays = [np.asarray(zarr.open_array(str(path / name), mode="r")[...], np.float64) for path in (one, other)]
-            np.testing.assert_allclose(*arrays, rtol=2**-10, atol=2**-20, err_msg=f"{one}/{name}")
+            arrays = [support.stored_array(root, place, name).astype(np.float64) for root in (results, other)]
+            np.testing.assert_allclose(*arrays, rtol=2**-10, atol=2**-20, err_msg=f"{place}/{name}")
 
 
 def configuration(train: Path, test: Path, backbone: Path) -> dict[str, Any]:

@@ -254,11 +254,9 @@ def test_a_file_size_limit_stops_a_stage_cleanly(site: Site, programs: Programs)
     before = stored(site.results)
     resolved = site.resolved(FEW)
     ended = programs.stage("sample", "--resolved", resolved, "--shard", "mgd3-000", biggest_file=600).wait()
-    lines = [line for line in ended.stderr.splitlines() if "result/s]" not in line]  # the modes are not there yet
-    assert lines[0].startswith("sample mgd3-000: ")
-    assert len(lines) == len(support.CLASSES) * len(config.ipc) * len(config.seeds)
-    assert all(f"class {name}" in ended.stderr for name in support.CLASSES)
-    assert all("stillhouse verify" in line for line in lines)
+    assert ended.code == 1
+    assert "class ant cannot be read" in ended.stderr  # its modes are not there yet; the limit cuts what follows
+    assert "stillhouse verify" in ended.stderr
     ended = programs.stage("cluster", "--resolved", resolved, "--shard", "000", biggest_file=600).wait()
     one_line(ended, "cluster 000: ", "cannot be written (File too large)", "free some space", "same command again")
     assert stored(site.results) == before

@@ -27,7 +27,7 @@ from workflow_scripts.stages.publish import publish, report_folder
 from workflow_scripts.store.attempts import Attempts
 from workflow_scripts.store.claims import STALE
 from workflow_scripts.store.digests import PREFIX
-from workflow_scripts.store.results import Result
+from workflow_scripts.store.results import RECORD, Result
 
 FULL_LOOK = 300.0
 """Seconds after which a watcher looks at the results themselves again; in between it believes the events."""
@@ -303,7 +303,7 @@ class Progress:
             for training in recipes.trainings_of(shard):
                 yield recipes.training_place(training), Unit(stage, shard, training.name, 0)
         else:
-            yield stage, Unit(stage, shard, stage, 0)
+            yield f"{stage}/{shard}", Unit(stage, shard, shard, 0)
 
     def _images(self, result: Result) -> int:
         """Count the images that a result takes: those that are encoded or inverted, or those that are made."""
@@ -340,12 +340,20 @@ class Progress:
                 self._there.update(filter(exists, units))
             elif job.stage == "export":
                 self._there.update(place for place in units if (self._config.results / place).exists())
-            elif job.stage == "report":
-                if (report_folder(self._config, job) / "index.html").exists():
-                    self._there.update(units)
-            elif self._recipes.backbone.path.exists():
+            elif self._made_in_one(job).exists():
                 self._there.update(units)
         self._looked = time.monotonic()
+
+    def _made_in_one(self, job: Job) -> Path:
+        """Return what a job makes that makes one thing."""
+        recipes = self._recipes
+        if job.stage == "teacher":
+            return recipes.teacher_record(job.shard)
+        if job.stage == "relabel":
+            return recipes.labels_path(recipes.labels[job.shard]) / RECORD
+        if job.stage == "report":
+            return report_folder(self._config, job) / "index.html"
+        return recipes.backbone.path if job.stage == "fit_backbone" else self._config.results / job.manifest
 
     def _whole(self, job: Job) -> bool:
         return (self._config.results / job.manifest).exists()

@@ -43,20 +43,14 @@ def test_a_controller_that_is_preempted_goes_on(place: Place) -> None:
     subprocess.run(["scancel", "--signal=USR2", number], check=True)
     place.lab.wait(lambda: bool(named(place, "stillhouse-tiny", "PENDING")), f"it is requeued: {seen()}", 120)
     assert (place.folder / ".snakemake" / "locks").exists(), "killed, it left its lock behind"
-    place.lab.wait(lambda: hurry(place) and "its lock is removed" in seen(), "it has started again", 240)
+    place.lab.wait(lambda: "its lock is removed" in seen(), "it has started again", 240)
     place.release()
-    place.lab.wait(lambda: hurry(place) and not named(place, "stillhouse-tiny", "PENDING", "RUNNING"), "it ends", 300)
+    place.lab.wait(lambda: not named(place, "stillhouse-tiny", "PENDING", "RUNNING"), "it ends", 300)
     assert "exited with an error" not in seen() and "Traceback" not in seen(), seen()
     place.expect_undisturbed("encode")
     assert place.computed() == ONCE
     assert not (place.folder / ".snakemake" / "locks").exists()
     assert not (place.results / "logs" / "submit" / "tiny" / "controller.json").exists()
-
-
-def hurry(place: Place) -> bool:
-    """Let requeued jobs start at once."""
-    place.lab.hurry()
-    return True
 
 
 def test_scattered_classes_in_one_array(place: Place) -> None:

@@ -38,7 +38,7 @@ def test_what_is_set_aside_is_told(recipes: Recipes, capsys: pytest.CaptureFixtu
     assert set(found) == {
         ("encode", "bee"),
         ("sample", "ant IPC 3 seed 1"),
-        ("evaluate", "dit IPC 1 seed 0 convnet repeat 0"),
+        ("evaluate", "dit IPC 1 seed 0 hard-sgd convnet repeat 0"),
     }
     assert found["encode", "bee"].error == "ArithmeticError: no dog"
     for tell in (tell_status, lambda recipes, as_json: show.plan(recipes, verbose=False, as_json=as_json)):

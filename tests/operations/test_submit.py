@@ -190,7 +190,7 @@ def resolved(config: RunConfig, folder: Path) -> Path:
 def test_packs_make_what_shards_make(
     site: support.Site, tmp_path: Path, finished: tuple[support.Site, support.Done], preloaded: None
 ) -> None:
-    """Two workers of three classes, one after the other; what is left then is the evaluation."""
+    """Two workers of three classes, one after the other; what is left then is judging the sets."""
     config = small(site)
     workers = [PackWorker(resolved(config, tmp_path), classes) for classes in (["ant", "cat"], ["bee"])]
     first, second = send(workers, Request("x", 60), "debug", tmp_path / "logs")

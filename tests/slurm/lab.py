@@ -78,7 +78,6 @@ PidFile={folder}/slurmdbd.pid
 StorageType=accounting_storage/mysql
 StorageHost=localhost
 StorageUser=root
-StoragePass=
 StorageLoc=slurm_acct_db
 """
 

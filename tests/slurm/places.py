@@ -21,6 +21,8 @@ from workflow_scripts.config import RunConfig, resolve
 from workflow_scripts.recipes import Recipes
 
 CLASSES = support.WIDE[:6]
+ONCE = dict.fromkeys(CLASSES, 1)
+IN_HAND = "cat"  # third of six
 HOOKS = Path(__file__).parent / "hooks"
 # One method that needs every stage, its batches one class each so that its images are the same to the last bit.
 METHOD = {
@@ -228,3 +230,25 @@ def started(*, accounting: bool) -> Iterator[Lab]:
         pytest.skip(f"no SLURM here: {error} (STILLHOUSE_SLURM=required makes this a failure)")
     yield cluster
     cluster.stop()
+
+
+def begin(place: Place, *arguments: str) -> None:
+    """Start a run of ``encode`` and wait until a worker has its third class in hand."""
+    place.hold(IN_HAND)
+    place.start("--until", "encode", *arguments)
+    place.wait_for(lambda: bool(place.began(IN_HAND)), f"{IN_HAND} is in hand")
+
+
+def resumes(place: Place) -> None:
+    """Expect that a disturbed run of ``encode`` ends as if nothing had been."""
+    controller = place.controllers[-1]
+    place.wait_for(lambda: hurried(place) or controller.process.poll() is not None, "the controller ends", 900)
+    assert controller.wait() == 0, controller.said
+    place.expect_undisturbed("encode")
+    assert place.computed() == ONCE
+
+
+def hurried(place: Place) -> bool:
+    """Let requeued jobs start at once."""
+    place.lab.hurry()
+    return False

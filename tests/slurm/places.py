@@ -175,7 +175,7 @@ class Place:
     def computed(self, stage: str = "encode") -> Counter[str]:
         """How often each class was computed to its end, over all workers."""
         names = (event["name"].removeprefix("class ") for event in self.events("done", stage))
-        return Counter(name.split(" k ")[0] for name in names)  # as in "ant k 2", a tree cut at two clusters
+        return Counter(name.split()[0] for name in names)  # as of "ant IPC 2 seed 0"
 
     def expect_undisturbed(self, *stages: str) -> None:
         """Expect that results are there, and are the same as in a run on one machine that nothing disturbed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import support
+import yaml
 from lab import Lab, LabUnavailable
 
 from workflow_scripts.config import RunConfig, resolve
@@ -205,6 +207,20 @@ def same_to_the_last_bit(results: Path, other: Path, place: str) -> None:
             arrays = [support.stored_array(root, place, name).astype(np.float64) for root in (results, other)]
             least = 1.0 if name == "images" else 2**-20
             np.testing.assert_allclose(*arrays, rtol=2**-10, atol=least, err_msg=f"{place}/{name}")
+
+
+def prepare(folder: Path, pictures: Path, backbone: Path, lab: Lab, undisturbed: Path) -> Place:
+    """Make a place in an empty folder, in one shard."""
+    for name in ("Snakefile", "config.yaml", "rules", "envs", "workflow_scripts", "slurm_profile"):
+        (folder / name).symlink_to(support.ROOT / name)
+    shutil.copytree(pictures, folder, dirs_exist_ok=True)
+    for name in ("hold", "poison", "began"):
+        (folder / "lab" / name).mkdir(parents=True)
+    run = configuration(Path("train"), Path("test"), backbone)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({"run": "tiny", "runs": {"tiny": run}}))
+    made = Place(folder, backbone, lab, undisturbed)
+    made.seconds(0.2)
+    return made
 
 
 def configuration(train: Path, test: Path, backbone: Path) -> dict[str, Any]:

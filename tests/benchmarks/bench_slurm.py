@@ -13,9 +13,8 @@ import tempfile
 from datetime import datetime
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS))
-sys.path.insert(0, str(TESTS / "slurm"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "slurm"))
 import support
 from lab import Lab
 from places import CLASSES, Place, prepare

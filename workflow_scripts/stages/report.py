@@ -219,9 +219,16 @@ def _digests(recipes: Recipes) -> dict[str, str]:
         "test images": digest([[name, recipes.catalog.fingerprint(name, "test")] for name in recipes.classes]),
         "backbone, denoiser": recipes.backbone.denoiser,
         "backbone, autoencoder": recipes.backbone.vae,
-        **{f"features ({name})": weights for name, weights in [recipes.feature_space.values()]},
+        **_feature_digest(recipes),
         "recipe numbers": ", ".join(f"{stage} {number}" for stage, number in RECIPES.items()),
     }
+
+
+def _feature_digest(recipes: Recipes) -> dict[str, str]:
+    if not recipes.config.evaluation.set_metrics:
+        return {}
+    space = recipes.feature_space
+    return {f"features ({recipes.feature_teacher or space['name']})": space["weights"]}
 
 
 def _measured(recipes: Recipes) -> tuple[tuple[Measured, ...], tuple[ClosePair, ...]]:
@@ -233,6 +240,7 @@ def _measured(recipes: Recipes) -> tuple[tuple[Measured, ...], tuple[ClosePair, 
         for wanted in recipes.sets(method):
             record = json.loads(recipes.measure_path(wanted).read_text())
             found = {key: record[key] for key in ("space", "dimensions", "values", "warnings", "audit")}
+            found["space"] = recipes.feature_teacher or found["space"]  # by what this run calls the teacher
             of = (wanted.method, wanted.ipc, wanted.seed, recipes.set_digest(wanted))
             measured.append(Measured(*of, **found))
             if wanted == shown and not isinstance(config.methods[method], CoresetMethod):

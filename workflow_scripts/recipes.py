@@ -50,7 +50,7 @@ RECIPES = {
     "relabel": 1,
     "evaluate": 2,
     "measure": 1,
-    "report": 2,
+    "report": 3,
 }
 CLASS_STAGES = ("encode", "features", "cluster", "invert", "experts", "sample", "match")
 GPU_STAGES = (

@@ -116,6 +116,7 @@ def gather(recipes: Recipes) -> ReportData:
             for method in config.compare
             for s in recipes.sets(method)
         ),
+        contents=seconds.contents(),
         digests=_digests(recipes),
         skipped_images=(
             *seconds.skipped,
@@ -320,6 +321,7 @@ class _Seconds:
     def __init__(self, recipes: Recipes):
         self._recipes = recipes
         self._read: dict[str, tuple[str, float]] = {}
+        self._images: dict[str, str] = {}
         self.devices: dict[str, str] = {}
         self.hosts: set[str] = set()
         self.skipped: dict[SkippedImage, None] = {}  # in order, each once
@@ -332,11 +334,23 @@ class _Seconds:
         if result.digest not in self._read:
             record = self._recipes.store.record(result)
             self._read[result.digest] = (result.stage, record["seconds"])
+            self._images[result.digest] = record["checksums"].get("images", "")
             self.devices[result.stage] = record["device"]
             self.hosts.add(record["host"])
             listed = record["skipped"] if result.stage in ("encode", "features") else ()  # experts only count theirs
             for bad in listed:
                 self.skipped[SkippedImage(result.class_name, bad["path"], bad["reason"])] = None
+
+    def contents(self) -> dict[str, str]:
+        """Return the digest of each set's images, by the set's digest."""
+        recipes = self._recipes
+        return {
+            recipes.set_digest(wanted): digest(
+                [self._images[recipes.samples(n, wanted).digest] for n in recipes.classes]
+            )
+            for method in recipes.config.compare
+            for wanted in recipes.sets(method)
+        }
 
     def stage_times(self) -> list[StageTime]:
         """Return what each stage cost."""
@@ -350,7 +364,7 @@ class _Seconds:
         ]
 
     def cost(self, method: str, ipc: int, scores: Iterable[ScoreRow]) -> Cost:
-        """Return what a method's sets of one IPC cost, seeds that gave the same images counted once."""
+        """Return what a method's sets of one IPC cost, those that seeds share counted once."""
         recipes = self._recipes
         sets = [wanted for wanted in recipes.sets(method) if wanted.ipc == ipc]
         made = [*recipes.experts(method)]

@@ -72,6 +72,15 @@ def test_features_are_what_the_last_layer_takes(file: Path, outputs: Any, resamp
     np.testing.assert_allclose(found, expected, atol=rounded * np.abs(expected).max())
 
 
+def test_features_are_computed_by_cudnn_in_full_precision(file: Path) -> None:
+    teacher, seen = load(file), []
+    teacher.register_forward_hook(
+        lambda *_: seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+    )
+    TeacherFeatures(teacher, 16, "bilinear")(np.zeros((1, 16, 16, 3), np.uint8))
+    assert seen == [(True, False)]
+
+
 def test_weights_in_a_wrapper_are_found(tmp_path: Path) -> None:
     plain = written(tmp_path / "plain.pth", weights())
     wrapped = {"epoch": 3, "state_dict": {f"module.{name}": value for name, value in weights().items()}}

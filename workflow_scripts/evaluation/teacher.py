@@ -183,7 +183,7 @@ class TeacherFeatures:
         side = (self._resolution, self._resolution)
         if images.shape[2:] != side:
             images = F.interpolate(images, side, mode=self._resample, antialias=True).clamp(0, 1)
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             self._network(normalise(images))
         features: np.ndarray = self._seen.flatten(1).float().cpu().numpy()
         return features

@@ -139,9 +139,7 @@ def test_shards_change_jobs_and_no_class(checkout: Checkout, first: subprocess.C
     assert "evaluate" not in counts, "exports look whether their sets are there, and nothing is trained anew"
 
 
-def test_what_snakemake_remembers_decides_nothing(
-    checkout: Checkout, first: subprocess.CompletedProcess[str]
-) -> None:
+def test_what_snakemake_remembers_decides_nothing(checkout: Checkout, first: subprocess.CompletedProcess[str]) -> None:
     """A job that it would start for its input's other names would keep it from looking at what is missing beside."""
     for path in (checkout.folder / ".snakemake" / "metadata").rglob("*"):
         if path.is_file():

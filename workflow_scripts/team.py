@@ -84,5 +84,8 @@ def team(device: torch.device) -> Iterator[Team]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=STALL)
-    yield Team(device, dist.get_rank(), size, dist.new_group(backend="gloo", timeout=IDLE))
-    dist.destroy_process_group()  # not after a failure: it would wait for what the others began
+    words: Any = dist.new_group(backend="gloo", timeout=IDLE)
+    yield Team(device, dist.get_rank(), size, words)
+    # Not after a failure, when it would wait for what the others cannot end.
+    dist.barrier(words)
+    dist.destroy_process_group()

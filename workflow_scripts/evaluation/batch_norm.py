@@ -48,7 +48,7 @@ class _Normalise(torch.autograd.Function):
     """Batch norm in training (Ioffe and Szegedy 2015); means and variances are merged as by Chan et al. (1979)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, layer: SharedBatchNorm
     ) -> torch.Tensor:
         channels = x.shape[1]

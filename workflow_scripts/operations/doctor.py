@@ -361,7 +361,7 @@ def _minutes(
     if recipes is None or partition.seconds is None:
         return
     try:
-        items = max((job.items for job in recipes.jobs() if job.stage == rule), default=0)
+        items = max((job.items / job.gpus for job in recipes.jobs() if job.stage == rule), default=0)
         asked = int(wanted.get("minutes_fixed", 0)) + int(wanted.get("seconds_per_item", 0)) * items / 60
     except (StillhouseError, ValueError):
         return

@@ -109,7 +109,7 @@ def go_on(members: Team, folder: Path) -> None:
     """Stop when the second process says so; go on from what was written by one process."""
     chosen = CASES["batch norm"]
     told = after(2) if members.rank == 1 else lambda _: False
-    with pytest.raises(Stopped, match="after epoch 2 of 3"):
+    with pytest.raises(Stopped, match="after 2 of 3 epochs"):
         trained(chosen, team=members, checkpoint=folder / "of two.safetensors", stop=told)
     _, weights = trained(chosen, team=members, checkpoint=folder / "of one.safetensors")
     save_file(weights, folder / f"resumed.{members.rank}.safetensors")
@@ -118,7 +118,7 @@ def go_on(members: Team, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, programs: support.Programs) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    with pytest.raises(Stopped, match="after epoch 1 of 3"):
+    with pytest.raises(Stopped, match="after 1 of 3 epochs"):
         trained(CASES["batch norm"], checkpoint=folder / "of one.safetensors", stop=after(1))
     for ended in go_together(train_all, programs, folder):
         assert ended.code == 0, ended.stderr

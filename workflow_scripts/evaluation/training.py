@@ -206,7 +206,7 @@ def train_students(
             if progress is not None:
                 progress(epoch + 1, curves[0][-1][1] if curves[0] else None)
             if stopping:
-                raise Stopped(f"after epoch {epoch + 1} of {recipe.epochs}")
+                raise Stopped(f"after {epoch + 1} of {recipe.epochs} epochs")
     if keep is not None:
         keep(students.tested())
     seconds = (time.perf_counter() - start) / len(recipes)

@@ -344,6 +344,7 @@ def _partitions(profile: Path, settings: Mapping[str, Any], recipes: Recipes | N
                 f"asks for a GPU{f' {model}' if model else ''} in partition {name}, which has {offered}",
                 f"set slurm_partition and gpu_model of {rule} in {profile}",
             )
+        yield from _per_node(rule, model, name, partition, recipes)
         yield from _minutes(profile, rule, wanted, partition, recipes)
     if unknown := sorted(name for name in used if name and name not in there):
         yield Check(
@@ -351,6 +352,26 @@ def _partitions(profile: Path, settings: Mapping[str, Any], recipes: Recipes | N
             "fail",
             f"{', '.join(unknown)}: not on this cluster",
             f"set slurm_partition in {profile} to one of {', '.join(there)}",
+        )
+
+
+def _per_node(
+    rule: str, model: str | None, name: str, partition: _Partition, recipes: Recipes | None
+) -> Iterator[Check]:
+    """Compare the GPUs that share the batches of one of the run's jobs of a rule with those of a node."""
+    try:
+        most = max((job.gpus for job in recipes.jobs() if job.stage == rule), default=1) if recipes is not None else 1
+    except StillhouseError:
+        return
+    there = (
+        max(partition.gpus.get(model, 0) for model in ([model] if model else partition.gpus)) if partition.gpus else 0
+    )
+    if there < most > 1:
+        yield Check(
+            f"profile {rule} gpus",
+            "fail",
+            f"a job shares its batches among {most} GPUs of one node, partition {name} has {there}",
+            f"set gpus in {'backbone.finetune' if rule == 'fit_backbone' else 'evaluation.architectures'} to {there or 1}",
         )
 
 

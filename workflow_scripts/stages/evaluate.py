@@ -23,7 +23,7 @@ from workflow_scripts.evaluation.training import Stopped, can_stack, train_stude
 from workflow_scripts.recipes import Labels, Recipes, Training
 from workflow_scripts.stages.classifiers import Labelled, load_real, load_set, read_teacher, teacher_top1, train_side
 from workflow_scripts.stages.common import stage_main
-from workflow_scripts.stages.notice import NOTICE, Unfinished
+from workflow_scripts.stages.notice import NOTICE
 from workflow_scripts.stages.worker import Loop, environment, pick_device
 from workflow_scripts.store.digests import PREFIX, digest
 from workflow_scripts.store.files import write_atomically
@@ -178,9 +178,7 @@ def evaluate(recipes: Recipes, group: Sequence[Training], inputs: Inputs) -> Ite
             **soft,
         )
     except Stopped as stopped:
-        raise Unfinished(
-            f"{first.name}: stopped in good order {stopped}, because {NOTICE.reason()}. The same command goes on there."
-        ) from None
+        raise NOTICE.stopped(f"{stopped} of {first.name}") from None
     except ValueError as error:
         made = first.set
         raise DataError(

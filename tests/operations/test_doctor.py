@@ -129,6 +129,7 @@ def test_time_limits(look: Look) -> None:
 
 def test_jobs_that_want_more_gpus_than_a_node_has(plan_site: Callable[..., support.Site], tmp_path: Path) -> None:
     """The partition gpu has nodes with 8 a100 or 4 h100."""
+    site = plan_site()
     profile = yaml.safe_load((support.ROOT / "slurm_profile" / "config.yaml").read_text())
 
     def found(gpus: int, model: str | None = None) -> dict[str, Check]:
@@ -137,7 +138,7 @@ def test_jobs_that_want_more_gpus_than_a_node_has(plan_site: Callable[..., suppo
             yaml.safe_dump(doctor_profile(profile, {"set__resources": {"evaluate": own}}))
         )
         students = {"evaluation.architectures": [{"name": "convnet"}, {"name": "resnet101", "gpus": gpus}]}
-        checks = doctor.examine(lambda: plan_site().config(students), tmp_path, answering())
+        checks = doctor.examine(lambda: site.config(students), tmp_path, answering())
         return {check.check: check for check in checks}
 
     assert "profile evaluate gpus" not in found(8)

@@ -22,6 +22,7 @@ from workflow_scripts.recipes import Recipes, Training
 from workflow_scripts.stages import evaluate
 from workflow_scripts.stages.common import launcher
 from workflow_scripts.stages.notice import NOTICE, Unfinished
+from workflow_scripts.store.attempts import Attempts
 
 ONE: dict[str, Any] = {
     "compare": ["random"],
@@ -165,8 +166,9 @@ def test_whoever_fails_takes_the_others_down(site: support.Site, programs: suppo
         leader, follower = together(programs, resolved, fault)
         assert leader.code == 75 and follower.code not in (0, None), (leader.stderr, follower.stderr)
         assert "the others need it" in leader.stderr
-    attempts = list((site.results / "store" / "attempts").rglob("*.json"))
-    assert len(attempts) == 1 and attempts[0].read_text().count("counted") == 2, "of the training in hand"
+    attempts = Attempts(site.results / "store" / "attempts")
+    failures = [attempts.failures(recipes.training_place(training)) for training in recipes.trainings_of(SHARD)]
+    assert [[failure.counted for failure in one] for one in failures] == [[True], [True]], "each once, alone"
     assert not list((site.results / "store" / "claims").rglob("*.json"))
 
     leader, follower = together(programs, resolved, "rank 1 is told")

@@ -140,8 +140,7 @@ def _groups(recipes: Recipes, trainings: Iterable[Training], processes: Team) ->
         most = 1 if processes.size > 1 else configured or (STUDENTS_AT_ONCE if small else 1)
         first = recipes.student(group[0]) if group else recipe
         if group and (
-            len(group) >= most
-            or training.protocol != group[0].protocol
+            training.protocol != group[0].protocol
             or replace(recipe, seed=first.seed) != first
             or not can_stack(recipe)
             or (recipe.target == "stored" and training.set != group[0].set)
@@ -149,6 +148,9 @@ def _groups(recipes: Recipes, trainings: Iterable[Training], processes: Team) ->
             yield group
             group = []
         group.append(training)
+        if len(group) >= most:  # without a look at the next, which another worker may take meanwhile
+            yield group
+            group = []
     if group:
         yield group
 

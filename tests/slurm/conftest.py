@@ -3,19 +3,18 @@
 Where the cluster cannot be started the tests are skipped, or fail if STILLHOUSE_SLURM=required.
 """
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import support
-import yaml
 from lab import Lab
-from places import CLASSES, Place, configuration, run_config, started
+from places import CLASSES, Place, configuration, prepare, run_config, started
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test here."""
+    """Mark every test here, and let the longest go first."""
+    items.sort(key=lambda item: Path(__file__).parent not in item.path.parents)
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slurm)
@@ -47,16 +46,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, pictures: Path, tiny_b
 @pytest.fixture
 def place(tmp_path: Path, lab: Lab, pictures: Path, tiny_backbone: Path, undisturbed: Path) -> Iterator[Place]:
     """A test's own place, in one shard."""
-    folder = tmp_path
-    for name in ("Snakefile", "config.yaml", "rules", "envs", "workflow_scripts", "slurm_profile"):
-        (folder / name).symlink_to(support.ROOT / name)
-    shutil.copytree(pictures, folder, dirs_exist_ok=True)
-    for name in ("hold", "poison", "began"):
-        (folder / "lab" / name).mkdir(parents=True)
-    run = configuration(Path("train"), Path("test"), tiny_backbone)
-    (folder / "tiny.yaml").write_text(yaml.safe_dump({"run": "tiny", "runs": {"tiny": run}}))
-    made = Place(folder, tiny_backbone, lab, undisturbed)
-    made.seconds(0.2)
+    made = prepare(tmp_path, pictures, tiny_backbone, lab, undisturbed)
     yield made
     made.release()
     for controller in made.controllers:

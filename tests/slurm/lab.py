@@ -1,26 +1,31 @@
 """A SLURM cluster on this machine: two nodes of two stand-in GPUs each, from Debian's packages, without systemd.
 
-Commands look for their configuration at /etc/slurm, because Snakemake's plugin removes SLURM_CONF from the environment; a
-cluster that is configured there already is left alone. By hand: ``python tests/slurm/lab.py`` starts one until Ctrl-C.
+Commands look for their configuration at /etc/slurm, because Snakemake's plugin removes SLURM_CONF from the environment. So
+this process gets a mount namespace of its own, in which the lab's files cover that place: several labs can run side by side,
+and beside a real cluster. By hand: ``python tests/slurm/lab.py`` starts one, and a shell that sees it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 
 ETC = Path("/etc/slurm")
-LOCK = Path("/run/lock/stillhouse-slurm-lab")
-MARK = "# Made by tests/slurm/lab.py; removed when the tests end.\n"
+SOCKET = Path("/run/mysqld/mysqld.sock")  # where slurmdbd looks for its database
+INSTALLS = Path("/run/lock/stillhouse-slurm-lab")
+CLONE_NEWNS = 0x20000
 PACKAGES = {"slurmctld": "slurm-wlm", "munged": "munge"}
 DATABASE_PACKAGES = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}
 NODES = ("wn1", "wn2")
@@ -29,9 +34,9 @@ GPUS_PER_NODE = 2
 SLURM_CONF = """\
 ClusterName=stillhouse
 SlurmctldHost=localhost
-SlurmctldPort=16817
+SlurmctldPort={slurmctld}
 AuthType=auth/munge
-AuthInfo=cred_expire=15
+AuthInfo=cred_expire=15,socket={folder}/munge
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={folder}/state
@@ -59,19 +64,23 @@ PreemptMode=REQUEUE
 JobRequeue=1
 GresTypes=gpu
 NodeName=DEFAULT CPUs=64 RealMemory=600000 State=UNKNOWN
-NodeName=wn[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[17001-17002] Gres=gpu:h100:2
+NodeName=wn1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={wn1} Gres=gpu:h100:2
+NodeName=wn2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={wn2} Gres=gpu:h100:2
 PartitionName=gpu Nodes=wn[1-2] Default=YES MaxTime=2-00:00:00 PriorityTier=1 PreemptMode=REQUEUE
 PartitionName=cpu Nodes=wn[1-2] MaxTime=2-00:00:00 PriorityTier=1 PreemptMode=REQUEUE
 PartitionName=urgent Nodes=wn[1-2] MaxTime=2-00:00:00 PriorityTier=10 PreemptMode=OFF
 """
 NO_ACCOUNTING = "AccountingStorageType=accounting_storage/none"
-DATABASE = (
-    "AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=localhost\nAccountingStoragePort=16819"
-)
+DATABASE = """\
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=localhost
+AccountingStoragePort={slurmdbd}
+AccountingStoragePass={folder}/munge"""
 SLURMDBD_CONF = """\
 AuthType=auth/munge
+AuthInfo=socket={folder}/munge
 DbdHost=localhost
-DbdPort=16819
+DbdPort={slurmdbd}
 SlurmUser=root
 LogFile={folder}/slurmdbd.log
 PidFile={folder}/slurmdbd.pid
@@ -100,10 +109,33 @@ def install(packages: dict[str, str]) -> None:
     if shutil.which("apt-get") is None:
         raise LabUnavailable(f"{', '.join(missing)} not installed, and there is no apt-get")
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", *missing]):
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if ended.returncode:
-            raise LabUnavailable(f"{' '.join(command)}: {ended.stderr.strip()[-300:]}")
+    with INSTALLS.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", *missing]):
+            ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if ended.returncode:
+                raise LabUnavailable(f"{' '.join(command)}: {ended.stderr.strip()[-300:]}")
+
+
+@cache
+def leave_namespace() -> None:
+    """Let this process, and those that it starts from now on, see mounts that nobody else sees.
+
+    Raises:
+        LabUnavailable: if this machine does not let it.
+    """
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
+        raise LabUnavailable(f"no mount namespace of its own: {os.strerror(ctypes.get_errno())}")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+
+
+def free_ports(*names: str) -> dict[str, int]:
+    """Return a free port for each name."""
+    with contextlib.ExitStack() as stack:
+        sockets = {name: stack.enter_context(socket.socket()) for name in names}
+        for one in sockets.values():
+            one.bind(("127.0.0.1", 0))
+        return {name: one.getsockname()[1] for name, one in sockets.items()}
 
 
 _PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
@@ -114,8 +146,10 @@ class Lab:
 
     def __init__(self, *, accounting: bool = False):
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-lab-", dir="/tmp"))
+        self.folder.chmod(0o755)
         self.accounting = accounting
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._covered: list[Path] = []
 
     # ---------------------------------------------------------------- start and stop
 
@@ -126,12 +160,6 @@ class Lab:
             LabUnavailable: if this machine cannot run it.
         """
         install(PACKAGES | (DATABASE_PACKAGES if self.accounting else {}))
-        self._lock = LOCK.open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)  # one lab at a time: they share a configuration and ports
-        existing = ETC / "slurm.conf"
-        if existing.exists() and not existing.read_text().startswith(MARK):
-            self._lock.close()
-            raise LabUnavailable(f"{existing} configures another cluster")
         try:
             self._configure()
             self._start_munge()
@@ -158,11 +186,9 @@ class Lab:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for name in ("slurm.conf", "gres.conf", "slurmdbd.conf"):
-            if (path := ETC / name).exists() and path.read_text().startswith(MARK):
-                path.unlink()
+        for place in self._covered:
+            subprocess.run(["umount", "--lazy", str(place)], check=True)
         shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.close()
 
     def _configure(self) -> None:
         devices = self.folder / "dev"
@@ -173,39 +199,36 @@ class Lab:
         for index, node in enumerate(NODES):
             first, last = index * GPUS_PER_NODE, (index + 1) * GPUS_PER_NODE - 1
             gres.append(f"NodeName={node} Name=gpu Type=h100 File={devices}/nvidia[{first}-{last}]")
-        ETC.mkdir(exist_ok=True)
-        accounting = DATABASE if self.accounting else NO_ACCOUNTING
-        (ETC / "slurm.conf").write_text(MARK + SLURM_CONF.format(folder=self.folder, accounting=accounting))
-        (ETC / "gres.conf").write_text(MARK + "\n".join(gres) + "\n")
+        leave_namespace()
+        for place in (ETC, SOCKET.parent) if self.accounting else (ETC,):
+            place.mkdir(parents=True, exist_ok=True)
+            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(place)], check=True)
+            self._covered.append(place)
+        own = {"folder": self.folder, **free_ports("slurmctld", "slurmdbd", *NODES)}
+        accounting = DATABASE.format(**own) if self.accounting else NO_ACCOUNTING
+        (ETC / "slurm.conf").write_text(SLURM_CONF.format(accounting=accounting, **own))
+        (ETC / "gres.conf").write_text("\n".join(gres) + "\n")
+        if self.accounting:
+            (ETC / "slurmdbd.conf").write_text(SLURMDBD_CONF.format(**own))
+            (ETC / "slurmdbd.conf").chmod(0o600)
 
     def _start_munge(self) -> None:
-        if subprocess.run(["munge", "-n"], capture_output=True).returncode == 0:
-            return
-        key = Path("/etc/munge/munge.key")
-        if not key.exists():
-            key.write_bytes(os.urandom(128))
-            key.chmod(0o400)
-            shutil.chown(key, "munge", "munge")
-        for folder in ("/run/munge", "/var/log/munge", "/var/lib/munge"):
-            Path(folder).mkdir(exist_ok=True, parents=True)
-            Path(folder).chmod(0o755)
-            shutil.chown(folder, "munge", "munge")
-        self._spawn("munged", ["runuser", "-u", "munge", "--", "/usr/sbin/munged", "--foreground", "--force"])
-        self.wait(lambda: subprocess.run(["munge", "-n"], capture_output=True).returncode == 0, "munged answers", 10)
+        key, place = self.folder / "munge.key", f"--socket={self.folder}/munge"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        files = [f"--{name}-file={self.folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
+        self._spawn("munged", ["/usr/sbin/munged", "--foreground", "--force", place, *files])
+        self.wait(lambda: _quiet("munge", "-n", place).returncode == 0, "munged answers", 10)
 
     def _start_database(self) -> None:
-        data, socket = self.folder / "mysql", Path("/run/mysqld/mysqld.sock")
-        socket.parent.mkdir(exist_ok=True)
+        data = self.folder / "mysql"
         common = [f"--datadir={data}", "--user=root", "--auth-root-authentication-method=normal"]
         subprocess.run(["mariadb-install-db", *common, "--skip-test-db"], check=True, capture_output=True)
-        command = ["mariadbd", "--no-defaults", f"--datadir={data}", "--user=root", f"--socket={socket}"]
+        command = ["mariadbd", "--no-defaults", f"--datadir={data}", "--user=root", f"--socket={SOCKET}"]
         self._spawn("mariadbd", [*command, "--skip-networking", "--innodb-buffer-pool-size=64M"])
         self.wait(lambda: self._query("SELECT 1"), "MariaDB answers", 30)
         if not self._query("CREATE DATABASE slurm_acct_db"):
             raise LabUnavailable("MariaDB refuses to make a database")
-        path = ETC / "slurmdbd.conf"
-        path.write_text(MARK + SLURMDBD_CONF.format(folder=self.folder))
-        path.chmod(0o600)
         self._spawn("slurmdbd", ["/usr/sbin/slurmdbd", "-D"])
         self.wait(lambda: _quiet("sacctmgr", "-n", "show", "cluster").returncode == 0, "slurmdbd answers", 30)
         for command in (
@@ -218,7 +241,7 @@ class Lab:
                 raise LabUnavailable(f"sacctmgr {' '.join(command)}: {ended.stderr or ended.stdout}")
 
     def _query(self, statement: str) -> bool:
-        return _quiet("mariadb", "--no-defaults", "--socket=/run/mysqld/mysqld.sock", "-e", statement).returncode == 0
+        return _quiet("mariadb", "--no-defaults", f"--socket={SOCKET}", "-e", statement).returncode == 0
 
     def _spawn(self, name: str, command: list[str]) -> None:
         log = (self.folder / f"{name}.out").open("ab")
@@ -312,12 +335,14 @@ class Lab:
 
 
 def processes(wanted: Callable[[dict[str, str]], bool]) -> list[int]:
-    """Return the processes whose environment at their start was such."""
-    found = []
+    """Return the processes of this mount namespace whose environment at their start was such."""
+    found, here = [], os.readlink("/proc/self/ns/mnt")
     for path in Path("/proc").glob("[0-9]*"):
         pairs = (entry.partition("=") for entry in _environment_bytes(path).decode(errors="replace").split("\0"))
         if int(path.name) != os.getpid() and wanted({key: value for key, _, value in pairs}):
-            found.append(int(path.name))
+            with contextlib.suppress(OSError):  # it has ended
+                if os.readlink(path / "ns" / "mnt") == here:
+                    found.append(int(path.name))
     return found
 
 
@@ -348,18 +373,12 @@ def _quiet(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def main(arguments: Iterable[str] = ()) -> None:
-    """Start a lab and keep it until Ctrl-C."""
+    """Start a lab, and keep it until a shell in it ends."""
     lab = Lab(accounting="--accounting" in arguments)
     lab.start()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        print(
-            f"SLURM runs, its logs are in {lab.folder}; Ctrl-C ends it.\n{_quiet('sinfo', '-N', '-l').stdout}",
-            flush=True,
-        )
-        signal.pause()
-    except KeyboardInterrupt:
-        pass
+        print(f"SLURM runs as long as this shell; its logs are in {lab.folder}.\n{lab.logs()}", flush=True)
+        subprocess.run([os.environ.get("SHELL", "/bin/bash")])
     finally:
         lab.stop()
 

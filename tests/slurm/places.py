@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -15,12 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 import support
+import yaml
 from lab import Lab, LabUnavailable
 
 from workflow_scripts.config import RunConfig, resolve
 from workflow_scripts.recipes import Recipes
 
 CLASSES = support.WIDE[:6]
+ONCE = dict.fromkeys(CLASSES, 1)
+IN_HAND = "cat"  # third of six
 HOOKS = Path(__file__).parent / "hooks"
 # One method that needs every stage, its batches one class each so that its images are the same to the last bit.
 METHOD = {
@@ -173,7 +177,7 @@ class Place:
     def computed(self, stage: str = "encode") -> Counter[str]:
         """How often each class was computed to its end, over all workers."""
         names = (event["name"].removeprefix("class ") for event in self.events("done", stage))
-        return Counter(name.split(" k ")[0] for name in names)  # as in "ant k 2", a tree cut at two clusters
+        return Counter(name.split()[0] for name in names)  # as of "ant IPC 2 seed 0"
 
     def expect_undisturbed(self, *stages: str) -> None:
         """Expect that results are there, and are the same as in a run on one machine that nothing disturbed."""
@@ -205,6 +209,20 @@ def same_to_the_last_bit(results: Path, other: Path, place: str) -> None:
             np.testing.assert_allclose(*arrays, rtol=2**-10, atol=least, err_msg=f"{place}/{name}")
 
 
+def prepare(folder: Path, pictures: Path, backbone: Path, lab: Lab, undisturbed: Path) -> Place:
+    """Make a place in an empty folder, in one shard."""
+    for name in ("Snakefile", "config.yaml", "rules", "envs", "workflow_scripts", "slurm_profile"):
+        (folder / name).symlink_to(support.ROOT / name)
+    shutil.copytree(pictures, folder, dirs_exist_ok=True)
+    for name in ("hold", "poison", "began"):
+        (folder / "lab" / name).mkdir(parents=True)
+    run = configuration(Path("train"), Path("test"), backbone)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({"run": "tiny", "runs": {"tiny": run}}))
+    made = Place(folder, backbone, lab, undisturbed)
+    made.seconds(0.2)
+    return made
+
+
 def configuration(train: Path, test: Path, backbone: Path) -> dict[str, Any]:
     """The run ``tiny`` of every place."""
     run = support.tiny_run(train, test, backbone)
@@ -228,3 +246,25 @@ def started(*, accounting: bool) -> Iterator[Lab]:
         pytest.skip(f"no SLURM here: {error} (STILLHOUSE_SLURM=required makes this a failure)")
     yield cluster
     cluster.stop()
+
+
+def begin(place: Place, *arguments: str) -> None:
+    """Start a run of ``encode`` and wait until a worker has its third class in hand."""
+    place.hold(IN_HAND)
+    place.start("--until", "encode", *arguments)
+    place.wait_for(lambda: bool(place.began(IN_HAND)), f"{IN_HAND} is in hand")
+
+
+def resumes(place: Place) -> None:
+    """Expect that a disturbed run of ``encode`` ends as if nothing had been."""
+    controller = place.controllers[-1]
+    place.wait_for(lambda: hurried(place) or controller.process.poll() is not None, "the controller ends", 900)
+    assert controller.wait() == 0, controller.said
+    place.expect_undisturbed("encode")
+    assert place.computed() == ONCE
+
+
+def hurried(place: Place) -> bool:
+    """Let requeued jobs start at once."""
+    place.lab.hurry()
+    return False

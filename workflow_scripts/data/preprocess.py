@@ -84,21 +84,22 @@ def load_labelled(
     crop: Crop,
     workers: int,
     resample: Resample = "bicubic",
+    inner: int | None = None,
     on_bad: Callable[[BadImage], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read all images of some classes into memory.
 
     Args:
         entries: the images of each class, in label order.
+        inner: side of the centre that is kept of each square; default: all of it.
         on_bad: as for :func:`load_squares`.
 
     Returns:
-        pixels uint8 (n, resolution, resolution, 3) and labels int64 (n,).
+        pixels uint8 (n, 3, inner, inner) and labels int64 (n,).
     """
-    count = sum(map(len, entries.values()))
-    images = np.empty(
-        (count, resolution, resolution, 3), np.uint8
-    )  # filled in place: ImageNet's do not fit in memory twice
+    count, side = sum(map(len, entries.values())), resolution if inner is None else inner
+    border = (resolution - side) // 2
+    images = np.empty((count, 3, side, side), np.uint8)  # filled in place: ImageNet's do not fit in memory twice
     labels = np.empty(count, np.int64)
     filled = 0
     for label, (name, listed) in enumerate(entries.items()):
@@ -113,7 +114,8 @@ def load_labelled(
             batch=256,
             on_bad=on_bad,
         ):
-            images[filled : filled + len(pixels)] = pixels
+            centre = pixels[:, border : border + side, border : border + side]
+            images[filled : filled + len(pixels)] = centre.transpose(0, 3, 1, 2)
             labels[filled : filled + len(pixels)] = label
             filled += len(pixels)
     return images[:filled], labels[:filled]

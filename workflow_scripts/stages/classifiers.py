@@ -119,16 +119,14 @@ def _read(
     on_bad: Callable[[BadImage], None] | None = None,
 ) -> Labelled:
     """Read a split: uint8 (n, 3, R, R), and labels (n,) in the run's order."""
-    large = round(resolution * resize)
     pixels, labels = load_labelled(
         source,
         {name: source.entries(name, split) for name in recipes.classes},
-        resolution=large,
+        resolution=round(resolution * resize),
         crop="resize",
         resample=recipes.config.evaluation.resample,
         workers=recipes.config.compute.workers,
+        inner=resolution,
         on_bad=on_bad,
     )
-    border = (large - resolution) // 2
-    pixels = pixels[:, border : border + resolution, border : border + resolution]
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+    return torch.from_numpy(pixels), torch.from_numpy(labels)

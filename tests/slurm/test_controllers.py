@@ -1,13 +1,45 @@
-"""A controller and a compact array as jobs of a real SLURM."""
+"""Controllers that are killed, doubled, submitted as jobs and preempted; and a compact array in place of one."""
 
 import json
 import subprocess
 
+import pytest
 import support
-from places import CLASSES, Place
+from places import CLASSES, IN_HAND, ONCE, Place, begin, resumes
 
 STAGES = ("encode", "cluster", "invert", "sample")
-ONCE = dict.fromkeys(CLASSES, 1)
+
+
+def test_a_controller_that_is_killed_and_started_again(place: Place) -> None:
+    begin(place)
+    first = place.controllers[0]
+    first.process.kill()
+    first.process.wait()
+    assert len(place.lab.jobs("RUNNING")) == 1, "the job goes on"
+    assert place.run("--unlock").process.returncode == 0
+    place.start("--until", "encode")
+    place.wait_for(lambda: len(place.events("missing")) == 2, "a second worker has begun with the same shard")
+    place.wait_for(lambda: len(place.computed()) == len(CLASSES) - 1, "it makes all but what the first has in hand")
+    assert len(place.began(IN_HAND)) == 1
+    place.release()
+    resumes(place)
+
+
+def test_two_controllers_at_once(place: Place, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """From two working copies, because Snakemake locks the one that it is started in."""
+    other = tmp_path_factory.mktemp("other")
+    for path in place.folder.iterdir():
+        if path.name not in ("lab", ".snakemake"):
+            (other / path.name).symlink_to(path)
+    (place.folder / "results").mkdir()
+    (other / "results").unlink(missing_ok=True)
+    (other / "results").symlink_to(place.folder / "results")
+    place.seconds(1)
+    both = [place.start("--until", "encode"), place.start("--until", "encode", folder=other)]
+    assert [controller.wait() for controller in both] == [0, 0], both[1].said
+    place.expect_undisturbed("encode")
+    assert place.computed() == ONCE
+    assert len(place.events("start")) == 2
 
 
 def named(place: Place, name: str, *states: str) -> list[str]:
@@ -17,7 +49,7 @@ def named(place: Place, name: str, *states: str) -> list[str]:
 
 
 def test_a_controller_that_is_preempted_goes_on(place: Place) -> None:
-    """It is requeued while its child has a class in hand: the child goes on, and nothing is computed twice."""
+    """Requeued by submitit, then preempted with its child by a higher partition: both go on, and nothing is computed twice."""
     place.hold("cat")
     options = ["--slurm-no-account", "--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "5"]
     said = place.stillhouse(
@@ -44,6 +76,17 @@ def test_a_controller_that_is_preempted_goes_on(place: Place) -> None:
     place.lab.wait(lambda: bool(named(place, "stillhouse-tiny", "PENDING")), f"it is requeued: {seen()}", 120)
     assert (place.folder / ".snakemake" / "locks").exists(), "killed, it left its lock behind"
     place.lab.wait(lambda: "its lock is removed" in seen(), "it has started again", 240)
+
+    urgent = place.lab.sbatch("-p", "urgent", "-N2", "--exclusive", "-t", "60", wrap="sleep 600")
+    place.lab.wait(lambda: urgent in [job["id"] for job in place.lab.jobs("RUNNING")], "the urgent job runs", 120)
+    assert not named(place, "stillhouse-tiny", "RUNNING")
+    subprocess.run(["scancel", urgent], check=True)
+
+    def again_and_again() -> bool:
+        place.lab.hurry()
+        return seen().count("its lock is removed") == 2
+
+    place.lab.wait(again_and_again, "it has started a third time", 240)
     place.release()
     place.lab.wait(lambda: not named(place, "stillhouse-tiny", "PENDING", "RUNNING"), "it ends", 300)
     assert "exited with an error" not in seen() and "Traceback" not in seen(), seen()

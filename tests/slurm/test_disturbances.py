@@ -1,67 +1,22 @@
-"""Runs through ``slurm_profile`` on a real SLURM that is disturbed in every way we could think of.
+"""Workers, nodes and disks that fail, through ``slurm_profile`` on a real SLURM.
 
 After each, the results equal those of a run on one machine that nothing disturbed.
 """
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 
 import pytest
-import support
 from lab import GPUS_PER_NODE, NODES
-from places import CLASSES, Place
-
-ONCE = dict.fromkeys(CLASSES, 1)
-IN_HAND = "cat"  # third of six
+from places import CLASSES, IN_HAND, Place, begin, resumes
 
 
 def worker_pid(place: Place, name: str = IN_HAND) -> int:
     """The process that has a class in hand."""
     (claim,) = (place.results / "store" / "claims" / "encode.zarr" / name).glob("*.json")
     return int(json.loads(claim.read_text())["pid"])
-
-
-def begin(place: Place, *arguments: str) -> None:
-    """Start a run of ``encode`` and wait until a worker has its third class in hand."""
-    place.hold(IN_HAND)
-    place.start("--until", "encode", *arguments)
-    place.wait_for(lambda: bool(place.began(IN_HAND)), f"{IN_HAND} is in hand")
-
-
-def test_a_run_over_two_nodes_and_four_gpus(place: Place) -> None:
-    """The whole pipeline; then one class changes, and that alone is computed again, without what Snakemake remembers."""
-    place.shards = 4
-    firsts = CLASSES[:4]
-    place.hold(*firsts)
-    controller = place.start("--config", "shards=4")
-    place.wait_for(lambda: all(place.began(name) for name in firsts), "four jobs run at once")
-    where = {place.began(name)[0].read_text() for name in firsts}
-    assert {text.split()[0] for text in where} == set(NODES), "both nodes work"
-    assert len(where) == len(NODES) * GPUS_PER_NODE == 4, "each job has a GPU of its own"
-    running = place.lab.jobs("RUNNING")
-    assert {(job["partition"], job["limit"]) for job in running} == {("gpu", "17:00"), ("gpu", "16:00")}, (
-        "2 or 1 classes"
-    )
-    assert all("TresPerJob=gres:gpu:1" in place.lab.scontrol("show", "job", job["id"]) for job in running)
-    place.release()
-    assert controller.wait(900) == 0, controller.said
-    assert (place.results / "tiny" / "report" / "index.html").is_file()
-    stages = ("encode", "cluster", "invert", "sample")
-    place.expect_undisturbed(*stages)
-    for stage in stages:
-        assert place.computed(stage) == ONCE
-    assert place.run("--config", "shards=4", "-n").said.count("Nothing to be done") == 1
-
-    support.draw(1, 50).save(place.folder / "train" / "bee" / "new.png")
-    shutil.rmtree(place.folder / ".snakemake")
-    again = place.run("--config", "shards=4", "--until", "sample")
-    assert again.process.returncode == 0, again.said
-    assert len(again.submitted()) == len(stages), "one shard of each stage"
-    for stage in stages:
-        assert place.computed(stage) == ONCE | {"bee": 2}
 
 
 def test_preemption(place: Place) -> None:
@@ -75,21 +30,6 @@ def test_preemption(place: Place) -> None:
     (controller,) = place.controllers
     assert len(controller.submitted()) == 1, "SLURM started the same job again"
     assert not place.events("failed"), "a preemption is held against no class"
-
-
-def resumes(place: Place) -> None:
-    """Expect that a disturbed run of ``encode`` ends as if nothing had been."""
-    controller = place.controllers[-1]
-    place.wait_for(lambda: hurried(place) or controller.process.poll() is not None, "the controller ends", 900)
-    assert controller.wait() == 0, controller.said
-    place.expect_undisturbed("encode")
-    assert place.computed() == ONCE
-
-
-def hurried(place: Place) -> bool:
-    """Let requeued jobs start at once."""
-    place.lab.hurry()
-    return False
 
 
 def test_a_time_limit(place: Place) -> None:
@@ -132,38 +72,6 @@ def test_a_node_that_fails(place: Place) -> None:
         place.lab.start_node(node)
         place.lab.scontrol("update", f"nodename={node}", "state=resume")
         place.lab.wait(lambda: place.lab.states()[node] == "idle", f"{node} is back")
-
-
-def test_a_controller_that_is_killed_and_started_again(place: Place) -> None:
-    begin(place)
-    first = place.controllers[0]
-    first.process.kill()
-    first.process.wait()
-    assert len(place.lab.jobs("RUNNING")) == 1, "the job goes on"
-    assert place.run("--unlock").process.returncode == 0
-    place.start("--until", "encode")
-    place.wait_for(lambda: len(place.events("missing")) == 2, "a second worker has begun with the same shard")
-    place.wait_for(lambda: len(place.computed()) == len(CLASSES) - 1, "it makes all but what the first has in hand")
-    assert len(place.began(IN_HAND)) == 1
-    place.release()
-    resumes(place)
-
-
-def test_two_controllers_at_once(place: Place, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """From two working copies, because Snakemake locks the one that it is started in."""
-    other = tmp_path_factory.mktemp("other")
-    for path in place.folder.iterdir():
-        if path.name not in ("lab", ".snakemake"):
-            (other / path.name).symlink_to(path)
-    (place.folder / "results").mkdir()
-    (other / "results").unlink(missing_ok=True)
-    (other / "results").symlink_to(place.folder / "results")
-    place.seconds(1)
-    both = [place.start("--until", "encode"), place.start("--until", "encode", folder=other)]
-    assert [controller.wait() for controller in both] == [0, 0], both[1].said
-    place.expect_undisturbed("encode")
-    assert place.computed() == ONCE
-    assert len(place.events("start")) == 2
 
 
 def test_a_poisoned_class(place: Place) -> None:
@@ -211,12 +119,3 @@ def test_a_full_disk(place: Place) -> None:
         resumes(place)
     finally:
         subprocess.run(["umount", "--lazy", str(store)], check=True)
-
-
-def test_the_doctor_on_a_cluster_without_slurmdbd(place: Place) -> None:
-    found = place.stillhouse("doctor", "--configfile", "tiny.yaml", "--json")
-    lines = {line["check"]: line for line in json.loads(found.stdout)["checks"]}
-    assert lines["slurm status command"]["status"] == "ok", "the profile has squeue, and that is what it takes here"
-    assert "squeue" in lines["slurm status command"]["found"]
-    assert "gpu" in lines["slurm partitions"]["found"]
-    assert "h100" in lines["slurm gpus"]["found"]

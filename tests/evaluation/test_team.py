@@ -176,7 +176,9 @@ def test_shares_are_the_batch_in_order_and_almost_equal(size: int) -> None:
         assert max(counts) - min(counts) <= 1
 
 
-def test_shares_of_batches_are_those_of_the_whole_batches() -> None:
+@pytest.mark.parametrize("pixels", [1, 2**20])
+def test_shares_of_batches_are_those_of_the_whole_batches(pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workflow_scripts.evaluation.training.AUGMENTED_PIXELS", {"cpu": pixels})
     chosen = recipe(dsa=("color", "rotate"), patches=2, cutmix=1.0)
     for whole, *parts in zip(
         batches([chosen], [TRAIN], 1),

@@ -320,7 +320,7 @@ def _chunk(
         name: torch.cat([draws[name][rows] for draws, rows in zip(drawn, places, strict=True)]) for name in per_image
     }
     x = augment(pixels, of_images, recipe)
-    if recipe.dsa:
+    if recipe.dsa and count:
         lengths = [end - begin for begin, end in parts]
         pieces = [
             siamese(piece, recipe.dsa[chosen[begin // recipe.batch_size]], numbers)

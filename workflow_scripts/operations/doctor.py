@@ -363,9 +363,7 @@ def _per_node(
         most = max((job.gpus for job in recipes.jobs() if job.stage == rule), default=1) if recipes is not None else 1
     except StillhouseError:
         return
-    there = (
-        max(partition.gpus.get(model, 0) for model in ([model] if model else partition.gpus)) if partition.gpus else 0
-    )
+    there = partition.gpus.get(model, 0) if model else max(partition.gpus.values(), default=0)
     if there < most > 1:
         yield Check(
             f"profile {rule} gpus",

@@ -27,9 +27,9 @@ RESULTS = RUN.results
 RESOLVED = resolved_path(RUN)
 
 # The digests in the manifests' paths say what is valid. Snakemake's other triggers compare records in .snakemake with
-# code and input lists, and would start jobs that find nothing to do.
-if workflow.dag_settings is not None:
-    workflow.dag_settings.rerun_triggers = frozenset({RerunTrigger.MTIME})
+# code, parameters and input lists. A job that they start finds nothing to do, and hides what else is missing: Snakemake does
+# not look at a target again whose input is such a job's output and `ancient`. The settings are not there yet when this is read.
+type(workflow).rerun_triggers = frozenset({RerunTrigger.MTIME})
 
 # Jobs that use a GPU claim one, and locally one at a time may have it unless --resources gpu=N says otherwise. The executor
 # is not known yet when this is read, but only one that submits jobs has a limit of them.

@@ -1,6 +1,7 @@
 """The workflow through Snakemake itself, from a folder that holds nothing but the workflow and a configuration."""
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -133,11 +134,30 @@ def test_neither_age_nor_code_starts_a_job(checkout: Checkout, first: subprocess
 
 def test_shards_change_jobs_and_no_class(checkout: Checkout, first: subprocess.CompletedProcess[str]) -> None:
     planned, _ = quick(checkout, "--dry-run", "--config", "shards=3")
-    assert planned.returncode == 0, planned.stdout
-    table = (line.split() for line in planned.stdout.splitlines())
-    counts = {words[0]: int(words[1]) for words in table if len(words) == 2 and words[1].isdigit()}
+    counts = planned_jobs(planned)
     assert counts["encode"] == counts["sample"] == 3
     assert "evaluate" not in counts, "exports look whether their sets are there, and nothing is trained anew"
+
+
+def test_what_snakemake_remembers_decides_nothing(checkout: Checkout, first: subprocess.CompletedProcess[str]) -> None:
+    """A job that it would start for its input's other names would keep it from looking at what is missing beside."""
+    for path in (checkout.folder / ".snakemake" / "metadata").rglob("*"):
+        if path.is_file():
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"input": ["another.json"], "params": ["other"]}))
+    planned, _ = quick(checkout, "--dry-run")
+    assert "Nothing to be done" in planned.stdout
+    planned, _ = quick(checkout, "--dry-run", "--config", "compare=[mine, random]")
+    made = {"sample": 1, "export": 1, "measure": 1, "evaluate": 1, "report": 1}
+    assert planned_jobs(planned) == made | {"all": 1}
+
+
+def planned_jobs(planned: subprocess.CompletedProcess[str]) -> dict[str, int]:
+    """The table that a dry run ends with."""
+    assert planned.returncode == 0, planned.stdout
+    table = (line.split() for line in planned.stdout.rpartition("Job stats:")[2].splitlines())
+    counts = {words[0]: int(words[1]) for words in table if len(words) == 2 and words[1].isdigit()}
+    del counts["total"]
+    return counts
 
 
 def test_the_profile_asks_for_what_each_job_needs(checkout: Checkout, first: subprocess.CompletedProcess[str]) -> None:

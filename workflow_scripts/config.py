@@ -835,10 +835,15 @@ class Evaluation(ProtocolSettings):
     trainings_per_job: PositiveInt = 1
     dd_ranking: DDRanking | None = None
     set_metrics: bool = Field(True, description="measure each distilled set against the real images, without training")
+    features: Literal["auto", "inception", "teacher", "latents"] = Field(
+        "auto",
+        description="what sets are measured on: Inception's features (FID and KID), those of the teacher of the first protocol "
+        "with soft labels, or VAE latents; auto: the first of these that the run has",
+    )
     inception: Path | None = Field(
         None,
         description="weights of Inception-v3, for FID and KID: torch-fidelity's or pytorch-fid's file, or torchvision's "
-        "(which give other numbers, called otherwise); default: sets are measured on VAE latents",
+        "(which give other numbers, called otherwise)",
     )
 
     @model_validator(mode="after")
@@ -859,13 +864,33 @@ class Evaluation(ProtocolSettings):
                 raise ValueError(
                     f"dd_ranking names {ranked!r}, which is none of protocols: {', '.join(self.protocols)}"
                 )
-        for name in self.protocols:
-            if self.preset(name).values["target"] != "hard" and self.value(name, "teacher") is None:
+        for name in self.soft_protocols:
+            if self.value(name, "teacher") is None:
                 raise ValueError(
                     f"protocol {name} needs a teacher: set teacher.weights to a file, or teacher.fit to {{}} to train one "
                     f"on this run's images (in evaluation, or for this protocol in evaluation.settings.{name})"
                 )
+        if self.features == "inception" and self.inception is None:
+            raise ValueError("features: inception needs the file of its weights (evaluation.inception)")
+        if self.features == "teacher" and not self.soft_protocols:
+            raise ValueError(
+                f"features: teacher needs a protocol with soft labels, and there is none among {', '.join(self.protocols)}"
+            )
         return self
+
+    @property
+    def soft_protocols(self) -> list[str]:
+        """The protocols with a teacher."""
+        return [name for name in self.protocols if self.preset(name).values["target"] != "hard"]
+
+    @property
+    def feature_space(self) -> Literal["inception", "teacher", "latents"]:
+        """What sets are measured on."""
+        if self.features != "auto":
+            return self.features
+        if self.inception is not None:
+            return "inception"
+        return "teacher" if self.soft_protocols else "latents"
 
     def preset(self, protocol: str) -> Protocol:
         """Return the published protocol that a name stands for."""

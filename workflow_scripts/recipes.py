@@ -51,7 +51,7 @@ RECIPES = {
     "relabel": 1,
     "evaluate": 2,
     "measure": 1,
-    "report": 2,
+    "report": 3,
 }
 CLASS_STAGES = ("encode", "features", "cluster", "invert", "experts", "sample", "match")
 GPU_STAGES = (
@@ -316,25 +316,50 @@ class Recipes:
         )
 
     @cached_property
-    def feature_space(self) -> dict[str, str]:
+    def feature_space(self) -> dict[str, Any]:
         """In which features sets are measured: their ``name``, and the identity of the ``weights`` that give them.
+
+        A teacher's have its ``resolution`` too, and by which filter images are scaled to it (``resample``).
 
         Raises:
             ConfigError: the weights are not there.
         """
-        path = self.config.evaluation.inception
-        if path is None:
+        evaluation = self.config.evaluation
+        if evaluation.feature_space == "latents":
             return {"name": "latents", "weights": self.backbone.vae}
+        if evaluation.feature_space == "teacher":
+            protocol = self.soft_protocols[0]
+            given = self.teacher(protocol).weights is not None  # such features are the same in runs with other classes
+            return {
+                "name": "teacher",
+                "weights": digest(self._teacher_network(protocol)) if given else self.teacher_digest(protocol),
+                "resolution": self.teacher_check(protocol)["resolution"],
+                "resample": evaluation.resample,
+            }
+        path = evaluation.inception
+        assert path is not None
         if not path.is_file():
             raise ConfigError(
-                f"evaluation.inception: got {path}, which is not a file; leave it out to measure on latents"
+                f"evaluation.inception: got {path}, which is not a file; leave it out to measure on other features"
             )
         return {"name": "inception", "weights": file_digests([path], self.config.results / "cache")[0]}
+
+    @property
+    def feature_teacher(self) -> str | None:
+        """What the teacher whose features sets are measured on is called for people, if that is what they are measured on."""
+        if self.config.evaluation.feature_space != "teacher":
+            return None
+        protocol = self.soft_protocols[0]
+        return f"teacher {self.teacher(protocol).architecture.name} of {protocol}"
+
+    @property
+    def _stores_features(self) -> bool:
+        return self.config.evaluation.feature_space != "latents"
 
     @remembered
     def real_features(self, class_name: str) -> Result:
         """The features (n, d) float32 of a class's real images; on latents, what encoding made of them."""
-        if self.feature_space["name"] == "latents":
+        if not self._stores_features:
             return self.latents(class_name)
         return self._result(
             "features",
@@ -636,17 +661,9 @@ class Recipes:
         Raises:
             ConfigError: there is no such file.
         """
-        teacher = self.teacher(protocol)
-        identity: dict[str, Any] = {"architecture": teacher.architecture.model_dump(mode="json")}
-        for part, path in (("weights", teacher.weights), ("outputs", teacher.classes)):
-            if path is None:
-                continue
-            if not path.is_file():
-                raise ConfigError(
-                    f"evaluation ({protocol}), teacher: there is no file {path}. Weights are fetched by you, never by a job; "
-                    "torchvision's are listed at https://docs.pytorch.org/vision/stable/models.html"
-                )
-            identity[part] = file_digests([path], self.config.results / "cache")[0]
+        teacher, identity = self.teacher(protocol), self._teacher_network(protocol)
+        if teacher.classes is not None:
+            identity["outputs"] = self._teacher_file(protocol, teacher.classes)
         if teacher.fit is not None:
             identity |= {
                 "stage": "teacher",
@@ -657,6 +674,20 @@ class Recipes:
                 "fit": teacher.fit.model_dump(mode="json"),
             }
         return digest([identity, self.classes])
+
+    def _teacher_network(self, protocol: str) -> dict[str, Any]:
+        """Return a teacher's architecture, and the identity of its weights if they are given."""
+        teacher = self.teacher(protocol)
+        given = {} if teacher.weights is None else {"weights": self._teacher_file(protocol, teacher.weights)}
+        return {"architecture": teacher.architecture.model_dump(mode="json"), **given}
+
+    def _teacher_file(self, protocol: str, path: Path) -> str:
+        if not path.is_file():
+            raise ConfigError(
+                f"evaluation ({protocol}), teacher: there is no file {path}. Weights are fetched by you, never by a job; "
+                "torchvision's are listed at https://docs.pytorch.org/vision/stable/models.html"
+            )
+        return file_digests([path], self.config.results / "cache")[0]
 
     @remembered
     def teacher_check(self, protocol: str) -> dict[str, Any]:
@@ -690,8 +721,7 @@ class Recipes:
     @cached_property
     def soft_protocols(self) -> list[str]:
         """The run's protocols with a teacher."""
-        evaluation = self.config.evaluation
-        return [name for name in evaluation.protocols if evaluation.preset(name).values["target"] != "hard"]
+        return self.config.evaluation.soft_protocols
 
     @cached_property
     def labels(self) -> dict[str, Labels]:
@@ -784,7 +814,7 @@ class Recipes:
                 for shard in self.shards
             ],
             "match": [job for method in self.config.compare for job in self.match_jobs(method)],
-            "features": self.shards if self.config.evaluation.inception is not None else [],
+            "features": self.shards if self._stores_features else [],
             "export": list(self.config.compare),
             "measure": list(self.config.compare) if self.config.evaluation.set_metrics else [],
             "teacher": list(dict.fromkeys(map(self.teacher_job, self.soft_protocols))),
@@ -846,11 +876,11 @@ class Recipes:
             )
         if stage == "measure":
             sets = self.sets(shard)
-            real = "encode" if self.feature_space["name"] == "latents" else "features"
+            real = "features" if self._stores_features else "encode"
             return (
                 [self.measure_recipe(wanted) for wanted in sets],
                 len(sets) * len(self.classes),
-                [*self._set_jobs(shard), *((real, number) for number in self.shards)],
+                [*self._set_jobs(shard), *((real, number) for number in self.shards), *self._feature_jobs],
             )
         if stage == "teacher":
             return self.teacher_check(shard), 1, []
@@ -885,6 +915,7 @@ class Recipes:
                 "dataset": {"root", "test_root", "test_labels"},
                 "backbone": {"path", "vae", "finetune"},
                 "evaluation": {
+                    "features": True,
                     "inception": True,
                     "architectures": gpus,
                     "settings": {"__all__": {"architectures": gpus}},
@@ -917,7 +948,9 @@ class Recipes:
             return [("encode", number) for number in self.shards] if tunes else []
         if stage == "encode":
             return [] if tunes else fit
-        if stage in ("experts", "features"):
+        if stage == "features":
+            return self._feature_jobs
+        if stage == "experts":
             return []
         # A fitted autoencoder comes before encode; a fine-tuned denoiser comes after it, before what denoises.
         denoiser = fit if tunes else []
@@ -938,6 +971,13 @@ class Recipes:
         needs = [("cluster", number)] if clustered else []
         needs += [("invert", number)] if isinstance(method.start, GaussianStart) else []
         return [*needs, *denoiser] or fit
+
+    @property
+    def _feature_jobs(self) -> list[tuple[str, str]]:
+        """Return the job that makes what gives features, if there is one."""
+        if self.config.evaluation.feature_space != "teacher":
+            return []
+        return [("teacher", self.teacher_job(self.soft_protocols[0]))]
 
     def _evaluate_shards(self, method: str, ipc: int) -> list[str]:
         return [f"{method}-ipc{ipc}-{chunk:03d}" for chunk in range(len(self._chunks(method, ipc)))]

@@ -58,6 +58,7 @@ def test_only_inception_features_give_the_known_names() -> None:
     assert metric_name("kernel", "inception") == "KID"
     assert metric_name("frechet", "resnet18") == "Fréchet distance (resnet18)"
     assert metric_name("kernel", "vae") == "kernel distance (vae)"
+    assert metric_name("frechet", "teacher resnet18_bn of soft-rded") == "Fréchet distance (teacher's features)"
 
 
 # ---------------------------------------------------------------- Fréchet

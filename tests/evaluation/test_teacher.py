@@ -2,14 +2,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
 from workflow_scripts.errors import DataError
 from workflow_scripts.evaluation.architectures import build
-from workflow_scripts.evaluation.teacher import TeacherCheck, check_teacher, load_teacher, read_weights
+from workflow_scripts.evaluation.teacher import TeacherCheck, TeacherFeatures, check_teacher, load_teacher, read_weights
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -50,6 +52,33 @@ def test_a_teacher_has_its_weights_and_is_frozen(file: Path) -> None:
     expected = build("convnet_bn", classes=3, resolution=16, width=4)
     expected.load_state_dict(weights())
     assert torch.equal(logits(teacher), logits(expected.eval()))
+
+
+@pytest.mark.parametrize("outputs", [CLASSES, ("bee", "cat", "ant")])
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("side", [16, 24])
+def test_features_are_what_the_last_layer_takes(file: Path, outputs: Any, resample: Any, side: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, side, side, 3), dtype=np.uint8)
+    found = TeacherFeatures(load(file, outputs=outputs), 16, resample)(pixels)
+    plain: Any = build("convnet_bn", classes=3, resolution=16, width=4)
+    plain.load_state_dict(weights())
+    scale = Image.Resampling[resample.upper()]
+    resized = np.stack([np.asarray(Image.fromarray(one).resize((16, 16), scale)) for one in pixels])
+    inputs = (resized / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    with torch.inference_mode():
+        expected = plain.eval()[:-1](torch.from_numpy(inputs).permute(0, 3, 1, 2).float()).numpy()
+    assert found.shape == (5, 64) and found.dtype == np.float32
+    rounded = 1e-5 if side == 16 else 2e-2  # Pillow rounds what it has scaled to whole grey levels
+    np.testing.assert_allclose(found, expected, atol=rounded * np.abs(expected).max())
+
+
+def test_features_are_computed_by_cudnn_in_full_precision(file: Path) -> None:
+    teacher, seen = load(file), []
+    teacher.register_forward_hook(
+        lambda *_: seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+    )
+    TeacherFeatures(teacher, 16, "bilinear")(np.zeros((1, 16, 16, 3), np.uint8))
+    assert seen == [(True, False)]
 
 
 def test_weights_in_a_wrapper_are_found(tmp_path: Path) -> None:

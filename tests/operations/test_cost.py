@@ -12,9 +12,10 @@ import torch
 
 from workflow_scripts.config import Compute, DiffusionMethod, load
 from workflow_scripts.diffusion.schedule import respace
+from workflow_scripts.evaluation import training
 from workflow_scripts.methods.registry import start_step
 from workflow_scripts.operations import show
-from workflow_scripts.operations.cost import Cost, cost, sampled_rows
+from workflow_scripts.operations.cost import MOST_CONFUSED, Cost, Ledger, cost, sampled_rows
 from workflow_scripts.operations.flops import ARCHITECTURES, dit_flop
 from workflow_scripts.operations.speeds import (
     MATMUL,
@@ -26,7 +27,7 @@ from workflow_scripts.operations.speeds import (
     choose_speeds,
     read_benches,
 )
-from workflow_scripts.operations.survey import survey
+from workflow_scripts.operations.survey import Item, survey
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.memory import Batch
 from workflow_scripts.stages.sample import sample_results
@@ -136,8 +137,41 @@ def test_bytes_are_those_on_the_disk(copied: support.Site) -> None:
         files = (copied.results / "store" / f"{stage}.zarr").rglob("*")
         actual = sum(path.stat().st_size for path in files if path.is_file())
         assert found[stage] == pytest.approx(actual, rel=0.35), stage
+    for stage in ("evaluate", "measure"):
+        actual = sum(path.stat().st_size for path in (copied.results / "store" / stage).glob("*.json"))
+        assert actual / 2 < found[stage] < actual * 2.5, stage  # type: ignore[operator]
     pixels = sum(path.stat().st_size for path in (copied.results / "datasets").rglob("*.png"))
     assert pixels / 2 < found["export"] < pixels * 2  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("classes", [10, 100, 101])
+def test_scores_grow_with_the_square_of_the_classes_that_are_told_apart(
+    classes: int, plan_site: Callable[..., support.Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large as the parts of a score at 60 % of 50 test images per class."""
+    assert training.MOST_CONFUSED == MOST_CONFUSED
+    recipes = Recipes(plan_site().config())
+    wanted = recipes.trainings("random", 1)[0]
+    bare = json.dumps({"recipe": recipes.training_recipe(wanted)})
+    monkeypatch.setattr(Recipes, "classes", property(lambda _: [f"{number}" for number in range(classes)]))
+    counts = np.random.default_rng(0).multinomial(20, np.full(classes, 1 / classes), classes) + 30 * np.eye(
+        classes, dtype=int
+    )
+    parts = [
+        [2.0 * count for count in counts.diagonal().tolist()],
+        counts.tolist() if classes <= MOST_CONFUSED else None,
+    ]
+    found = Ledger(recipes)._bytes("evaluate", Item("", "", False, None, wanted))
+    assert found == pytest.approx(len(bare) + 600 + len(json.dumps(parts)), rel=0.25)
+
+
+def test_features_are_counted(copied: support.Site) -> None:
+    """Those of a teacher, of which there are as many as its last layer takes."""
+    teacher = {"architecture": {"name": "convnet_bn", "width": 8}, "fit": {}}
+    changes = {"evaluation.protocols": ["soft-rded"], "evaluation.teacher": teacher, "evaluation.batch_size": 4}
+    (found,) = (stage for stage in cost_of(copied, changes).stages if stage.stage == "features")
+    numbers = 3 * support.COUNT * 8 * 4 * 4
+    assert 4 * numbers < found.missing.bytes < 4 * numbers + 3 * 4000 and found.missing.hours  # type: ignore[operator]
 
 
 def test_twice_as_many_images_take_twice_as_long(plan_site: Callable[..., support.Site]) -> None:

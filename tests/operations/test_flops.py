@@ -5,11 +5,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel, VQModel
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from workflow_scripts.config import FitDiT, FitVAE
 from workflow_scripts.diffusion.fit import build_dit, build_vae, build_vq
+from workflow_scripts.evaluation import inception
 from workflow_scripts.evaluation.architectures import build
+from workflow_scripts.evaluation.protocols import STUDENTS
 from workflow_scripts.methods.matching import flatten
 from workflow_scripts.operations import flops
 
@@ -86,3 +89,18 @@ def test_other_students_are_reckoned_from_a_table(name: str) -> None:
         assert flops.student_flop(name, None, 224, 1000) == pytest.approx(
             counted(student, torch.zeros(1, 3, 224, 224)), rel=0.1
         )
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("side", [64, 224])
+def test_what_the_last_layer_takes(name: str, side: int) -> None:
+    with torch.device("meta"):
+        network = build(name, classes=7, resolution=side)
+    last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+    assert flops.penultimate_width(name, None, side) == last.in_features
+
+
+def test_inception() -> None:
+    with torch.device("meta"):
+        found = counted(inception.build(original=False).eval(), torch.zeros(1, 3, 299, 299))
+    assert found == pytest.approx(2e9 * flops.INCEPTION_GMACS, rel=0.005)

@@ -62,8 +62,8 @@ def test_places_and_differences(minimal: Callable[..., ReportData]) -> None:
 
 def test_seeds_that_gave_one_set_are_one_set(minimal: Callable[..., ReportData]) -> None:
     data = with_scores(minimal, {"herding": [40.0, 42.0, 44.0], "random": [30.0, 33.0, 36.0]})
-    same = tuple(dataclasses.replace(s, set_digest="one") if s.method == "herding" else s for s in data.scores)
-    (board,) = boards(dataclasses.replace(data, scores=same))
+    same = {s.set_digest: "the images" for s in data.scores if s.method == "herding"}
+    (board,) = boards(dataclasses.replace(data, contents=same))
     herding, random = (board.cells[method, "convnet", "last"] for method in ("herding", "random"))
     assert (herding.levels.sets, herding.levels.trainings, random.levels.sets) == (1, 3, 3)
     assert herding.levels.spread is None and herding.levels.std_within == pytest.approx(2)

@@ -103,6 +103,10 @@ def test_scores_have_one_row_per_training(finished: tuple[Site, Done]) -> None:
     sets = {(row["method"], row["ipc"], row["seed"]): row["set_digest"] for row in rows}
     assert len(set(sets.values())) == len(support.METHODS) * 4 - 2, "herding's two seeds are one set per IPC"
     assert sets["herding", "1", "0"] == sets["herding", "1", "1"]
+    with (report / "leaderboard.csv").open(newline="") as file:
+        board = {(row["method"], row["ipc"]): int(row["sets"]) for row in csv.DictReader(file)}
+    alone = {("herding", "1"), ("herding", "3"), ("kmeans", "1")}  # the one centroid is the mean whatever the seed
+    assert {cell for cell, count in board.items() if count == 1} == alone
     listed = json.loads((report / "scores.json").read_text())
     assert [(row["method"], row["ipc"], row["seed"]) for row in listed] == [cell[:3] for cell in cells]
     assert (report / "index.html").is_file()

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +20,9 @@ from workflow_scripts.operations.survey import survey
 from workflow_scripts.operations.verify import verify
 from workflow_scripts.recipes import Labels, Recipes, SampleSet, Training
 from workflow_scripts.stages import relabel, teacher
+from workflow_scripts.stages.classifiers import read_teacher
+from workflow_scripts.stages.features import real_features
+from workflow_scripts.stages.inputs import real_images
 from workflow_scripts.stages.notice import NOTICE, Unfinished
 
 FIT = {"epochs": 12, "batch_size": 8, "flip": False, "crop_scale": [0.6, 1.0]}
@@ -112,6 +116,57 @@ def test_several_protocols_from_images_to_scores(done: tuple[Site, Done]) -> Non
     assert run_jobs(site.config(SOFT)).jobs == []
 
 
+def test_sets_are_measured_on_the_first_teacher_s_features(done: tuple[Site, Done]) -> None:
+    site, ran = done
+    recipes = Recipes(site.config(SOFT))
+    assert ("features", "000") in ran.jobs
+    assert ran.jobs.index(("teacher", "soft-rded")) < ran.jobs.index(("features", "000"))
+    record = json.loads(recipes.measure_path(FKD.set).read_text())
+    assert (record["space"], record["dimensions"]) == ("teacher convnet_bn of soft-rded", 8 * 4 * 4)
+    assert record["audit"]["copies"] == 9 and record["values"]["precision"] == 1, "chosen real images are themselves"
+    network: Any = read_teacher(recipes, "soft-rded", 16, torch.device("cpu"))
+    for name in recipes.classes:
+        found, keys = real_features(recipes, name)
+        inputs = torch.from_numpy(real_images(recipes, name, keys)).permute(0, 3, 1, 2) / 255
+        mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        expected = network[:-1]((inputs - mean) / std).numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    page = (site.results / "tiny" / "report" / "index.html").read_text()
+    assert "teacher convnet_bn of soft-rded" in page and "Fréchet distance (teacher&#39;s features)" in page
+    assert ">FID<" not in page and ">KID<" not in page
+
+
+def test_what_features_depend_on(done: tuple[Site, Done], tmp_path: Path) -> None:
+    site, _ = done
+
+    def identity(**more: Any) -> str:
+        recipes = Recipes(site.config(changed(**more)))
+        return recipes.real_features("ant").digest
+
+    first = identity()
+    others = [*SOFT["evaluation.protocols"]]
+    assert identity(temperature=2.0, features="teacher", protocols=others[1:], epochs=5) == first
+    assert identity(teacher={**SOFT["evaluation.teacher"], "fit": {**FIT, "epochs": 13}}) != first
+    assert identity(resolution=32) != first
+    hard = Recipes(site.config(SOFT | {"evaluation.protocols": ["hard-sgd"]}))
+    assert hard.real_features("ant").stage == "encode"
+    on_latents = Recipes(site.config(changed(features="latents")))
+    assert on_latents.measure_recipe(FKD.set) == hard.measure_recipe(FKD.set)
+    assert not any(job.stage == "features" for job in on_latents.jobs())
+    weights = tmp_path / "mine.safetensors"
+    shutil.copy(Recipes(site.config(SOFT)).teacher_weights("soft-rded"), weights)
+    (tmp_path / "order.json").write_text(json.dumps(["ant", "bee", "cat"]))
+    given = {"architecture": {"name": "convnet_bn", "width": 8}, "weights": str(weights), "fit": None}
+    assert identity(teacher=given) == identity(teacher={**given, "classes": str(tmp_path / "order.json")}) != first
+
+
+def test_features_that_the_run_does_not_have_are_refused(site: Site) -> None:
+    with pytest.raises(ConfigError, match=r"features: teacher needs a protocol with soft labels.*among hard-sgd"):
+        site.config(changed(protocols=["hard-sgd"], features="teacher"))
+    with pytest.raises(ConfigError, match=r"features: inception needs the file"):
+        site.config(changed(features="inception"))
+
+
 def test_the_operator_sees_teachers_and_labels(done: tuple[Site, Done]) -> None:
     site, _ = done
     recipes = Recipes(site.config(SOFT))
@@ -189,7 +244,7 @@ def test_a_file_of_weights_is_checked_before_it_teaches(site: Site, tmp_path: Pa
     shutil.copy(recipes.teacher_weights("soft-rded"), weights)
     teacher: dict[str, Any] = {"architecture": {"name": "convnet_bn", "width": 8}, "weights": str(weights), "fit": None}
     ran = run_jobs(site.config(changed(teacher=teacher, protocols=["soft-rded"])))
-    assert ran.stages() == {"teacher", "evaluate", "report"}
+    assert ran.stages() == {"teacher", "features", "evaluate", "measure", "report"}
     (tmp_path / "order.json").write_text(json.dumps(["bee", "cat", "ant"]))
     wrong = changed(teacher={**teacher, "classes": str(tmp_path / "order.json")}, protocols=["soft-rded"])
     with pytest.raises(

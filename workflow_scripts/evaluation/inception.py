@@ -55,7 +55,7 @@ class Inception:
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """Return features (n, 2048) float32 of uint8 images (n, H, W, 3)."""
         images = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2).float()
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             if self.name == "inception":
                 images = (resize_as_tensorflow(images, SIDE) - 128) / 128
             else:

@@ -102,11 +102,13 @@ def metric_name(metric: Literal["frechet", "kernel"], features: str) -> str:
 
     Args:
         metric: ``frechet`` or ``kernel``.
-        features: What the features are; ``inception`` for the 2048 of Inception-v3's last pooling.
+        features: What the features are; ``inception`` for the 2048 of Inception-v3's last pooling, ``teacher ...`` for a
+            teacher's.
     """
     if features == "inception":
         return {"frechet": "FID", "kernel": "KID"}[metric]
-    return {"frechet": "Fréchet distance", "kernel": "kernel distance"}[metric] + f" ({features})"
+    shown = "teacher's features" if features.startswith("teacher ") else features
+    return {"frechet": "Fréchet distance", "kernel": "kernel distance"}[metric] + f" ({shown})"
 
 
 # ---------------------------------------------------------------- distances between distributions

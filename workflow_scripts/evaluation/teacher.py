@@ -6,9 +6,11 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
@@ -142,12 +144,49 @@ def _outputs(
     """Return the number of outputs: the rows of the architecture's last linear layer."""
     with torch.device("meta"):
         network = build(architecture, classes=1, resolution=resolution, width=width)
-    last = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
+    last, _ = _last_layer(network)
     if f"{last}.weight" not in weights:
         raise DataError(
             f"{path}: does not fit {architecture} (it has no {last}.weight, but {', '.join(list(weights)[:3])})"
         )
     return len(weights[f"{last}.weight"])
+
+
+def _last_layer(network: nn.Module) -> tuple[str, nn.Linear]:
+    """Return the linear layer that gives the logits, and its name."""
+    return [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
+
+
+class TeacherFeatures:
+    """What a teacher makes of images before its last linear layer."""
+
+    def __init__(self, network: nn.Module, resolution: int, resample: Literal["bilinear", "bicubic"]):
+        """Listen to a teacher.
+
+        Args:
+            network: As ``load_teacher`` gives it, on any device.
+            resolution: Side in pixels of what it was trained on.
+            resample: How images of another size are scaled to it.
+        """
+        self._network, self._resolution, self._resample = network, resolution, resample
+        self._device = next(network.parameters()).device
+        self._seen = torch.empty(0)
+        _last_layer(network)[1].register_forward_pre_hook(self._listen)
+
+    def _listen(self, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._seen = inputs[0]
+
+    @torch.inference_mode()
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """Return features (n, d) float32 of uint8 images (n, H, W, 3)."""
+        images = to_float(torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2))
+        side = (self._resolution, self._resolution)
+        if images.shape[2:] != side:
+            images = F.interpolate(images, side, mode=self._resample, antialias=True).clamp(0, 1)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            self._network(normalise(images))
+        features: np.ndarray = self._seen.flatten(1).float().cpu().numpy()
+        return features
 
 
 @torch.inference_mode()

@@ -10,7 +10,14 @@ from itertools import groupby
 
 from workflow_scripts.config import CoresetMethod, DiffusionMethod, MatchingMethod, MTTObjective, TransportTerm
 from workflow_scripts.evaluation.protocols import Recipe
-from workflow_scripts.operations.flops import convnet_parameters, fitted_coder, fitted_dit, parameters
+from workflow_scripts.operations.flops import (
+    INCEPTION_WIDTH,
+    convnet_parameters,
+    fitted_coder,
+    fitted_dit,
+    parameters,
+    penultimate_width,
+)
 from workflow_scripts.operations.speeds import (
     Basis,
     Speeds,
@@ -31,12 +38,30 @@ RECORD_BYTES = 2500
 """A result's record: its recipe, versions and checksums."""
 KEY_BYTES = 40
 """The name of an image in the record of its class's latents."""
-SCORE_BYTES = 8000
+SCORE_BYTES = 1500
+"""A score without what follows: its recipe and versions."""
+CURVE_BYTES, CLASS_BYTES, CONFUSION_BYTES = 24, 8, 3.3
+"""Of a score: a point of the curve, a class's accuracy, and a number of the confusion matrix, most of which are 0."""
+MOST_CONFUSED = 100
+"""Most classes for which a score has the confusion matrix, as in evaluation.training."""
+MEASURE_BYTES = 5000
+"""The metrics of a set, with two dozen closest pairs."""
 LABEL_BYTES = 25
 """What is stored of a view besides its logits: order, crop, flip and partner."""
 PNG_SHARE = 0.65
 """Size of a natural image as PNG, of its pixels."""
-ON_DEVICE = ("fit_backbone", "encode", "invert", "experts", "sample", "match", "teacher", "relabel", "evaluate")
+ON_DEVICE = (
+    "fit_backbone",
+    "encode",
+    "features",
+    "invert",
+    "experts",
+    "sample",
+    "match",
+    "teacher",
+    "relabel",
+    "evaluate",
+)
 
 
 @dataclass
@@ -180,6 +205,10 @@ class Ledger:
             images = sum(self._images(result.class_name) for result in results)
             images *= 2 if config.encode.flip == "both" else 1
             yield from ((tasks.read(config.dataset.resolution), images), (tasks.encode(), images))
+        elif stage == "features":
+            images = sum(self._images(result.class_name) for result in results)
+            yield tasks.read(config.dataset.resolution), images
+            yield self._featuring, images
         elif stage == "invert":
             for result in results:
                 yield tasks.invert(result.recipe), self._latents(result.class_name)
@@ -227,12 +256,22 @@ class Ledger:
         network = self.recipes.teacher(protocol).architecture
         return replace(recipe, architecture=network.name, width=network.width)
 
+    def _teaching(self, protocol: str) -> Recipe:
+        """Return a protocol's teacher as if it were a student, at the resolution at which it is trained and tested."""
+        side, classes = self.recipes.teacher_check(protocol)["resolution"], len(self.recipes.classes)
+        return self._asked(protocol, Recipe(architecture="convnet", resolution=side, classes=classes, epochs=1))
+
+    @property
+    def _featuring(self) -> Task:
+        """What computes the features of an image in which sets are measured."""
+        if self.recipes.feature_teacher is None:
+            return self.tasks.inception()
+        return self.tasks.test(self._teaching(self.recipes.soft_protocols[0]))
+
     def _teacher(self, protocol: str) -> Iterator[Work]:
         """Yield the training of a teacher, if it is trained here, and its test."""
-        example = self.recipes.teacher_check(protocol)
-        side, fit = example["resolution"], self.recipes.teacher(protocol).fit
-        base = Recipe(architecture="convnet", resolution=side, classes=len(self.recipes.classes), epochs=1)
-        network = self._asked(protocol, base)
+        network, fit = self._teaching(protocol), self.recipes.teacher(protocol).fit
+        side = network.resolution
         yield self.tasks.read(side), self._test_images
         yield self.tasks.test(network), self._test_images
         if fit is not None:
@@ -316,12 +355,12 @@ class Ledger:
         if isinstance(thing, SampleSet):
             return thing.ipc * len(self.recipes.classes) * pixels * PNG_SHARE
         if isinstance(thing, Training):
-            return SCORE_BYTES
+            return self._score(thing)
         if isinstance(thing, Labels):
             images, classes = thing.set.ipc * len(self.recipes.classes), len(self.recipes.classes)
             return float(self.recipes.label_recipe(thing).epochs * images * (2 * classes + LABEL_BYTES))
-        if stage == "teacher":
-            return SCORE_BYTES
+        if stage in ("teacher", "measure"):
+            return SCORE_BYTES if stage == "teacher" else MEASURE_BYTES
         if stage == "fit_backbone":
             weights = parameters(self.tasks.denoiser)
             return None if weights is None else weights * (2 if self.recipes.config.backbone.fit is not None else 4)
@@ -331,6 +370,8 @@ class Ledger:
         if stage == "experts":
             side, classes = self.recipes.config.dataset.resolution, len(self.recipes.classes)
             return RECORD_BYTES + 4 * (recipe["epochs"] + 1) * convnet_parameters(recipe["width"], side, classes)
+        if stage == "features":
+            return RECORD_BYTES + self._images(thing.class_name) * (KEY_BYTES + 4 * self._feature_width)
         if latent is None:
             return None
         if stage == "encode":
@@ -346,6 +387,20 @@ class Ledger:
             return RECORD_BYTES + 2 * 4 * latent
         arrays = 2 if stage == "match" else 1
         return RECORD_BYTES + recipe["ipc"] * (pixels + 4 * latent * arrays)
+
+    def _score(self, training: Training) -> float:
+        """Return the size of a score."""
+        classes, tests = len(self.recipes.classes), len(self.recipes.student(training).evaluation_epochs())
+        cells = classes**2 if classes <= MOST_CONFUSED else 0
+        return SCORE_BYTES + tests * CURVE_BYTES + classes * CLASS_BYTES + cells * CONFUSION_BYTES
+
+    @cached_property
+    def _feature_width(self) -> int:
+        """How many features an image has, if they are not latents."""
+        if self.recipes.feature_teacher is None:
+            return INCEPTION_WIDTH
+        network = self._teaching(self.recipes.soft_protocols[0])
+        return penultimate_width(network.architecture, network.width, network.resolution)
 
 
 def sampled_rows(method: DiffusionMethod, ipcs: list[int], batch: int, *, fixed_shape: bool) -> int:

@@ -176,6 +176,40 @@ def student_flop(name: str, width: int | None, side: int, classes: int) -> float
     return 2.0 * (total + inputs * classes)
 
 
+INCEPTION_GMACS = 5.73
+"""Thousands of millions of multiply-adds of Inception-v3 at its 299 pixels."""
+INCEPTION_WIDTH = 2048
+
+_PENULTIMATE: Mapping[str, int] = {
+    "resnet18_bn": 512,
+    "resnet50": 2048,
+    "resnet101": 2048,
+    "mobilenet_v2": 1280,
+    "efficientnet_b0": 1280,
+    "shufflenet_v2": 1024,
+    "vgg11": 4096,
+    "deit_ti": 192,
+    "swin_t": 768,
+    "alexnet": 4096,
+    "glad_vgg11": 512 * 49,
+    "glad_vit": 512,
+}
+
+
+def penultimate_width(name: str, width: int | None, side: int) -> int:
+    """Return how many numbers a student's last linear layer takes for an image of ``side`` pixels.
+
+    Raises:
+        KeyError: if the name is unknown.
+    """
+    if name in _PENULTIMATE:
+        return _PENULTIMATE[name]
+    if name == "glad_alexnet":
+        return 192 * (side // 8) ** 2
+    width = width or _WIDTHS[name] or 64
+    return width * (side >> convnet_depth(side)) ** 2 if name in ("convnet", "convnet_bn") else 8 * width
+
+
 def fitted_dit(fit: FitDiT, side: int, channels: int, classes: int) -> Config:
     """Return the configuration of the DiT that a fit will make."""
     return {

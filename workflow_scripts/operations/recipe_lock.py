@@ -25,6 +25,10 @@ _IMAGES = (
 )
 _DENOISING = ("diffusion/backbone.py", "diffusion/schedule.py", "stages/inputs.py")
 _TRAINING = tuple(f"evaluation/{name}.py" for name in ("architectures", "augment", "dsa", "protocols", "training"))
+_FEATURES = (
+    "stages/classifiers.py",
+    *(f"evaluation/{name}.py" for name in ("architectures", "augment", "inception", "teacher")),
+)
 MEANING = {
     "fit_backbone": (
         "stages/fit_backbone.py",
@@ -35,7 +39,7 @@ MEANING = {
         *_IMAGES,
     ),
     "encode": ("stages/encode.py", "stages/inputs.py", "diffusion/backbone.py", *_IMAGES),
-    "features": ("stages/features.py", "stages/inputs.py", "evaluation/inception.py", *_IMAGES),
+    "features": ("stages/features.py", "stages/inputs.py", *_FEATURES, *_IMAGES),
     "cluster": ("stages/cluster.py", "stages/inputs.py", "methods/modes.py"),
     "invert": ("stages/invert.py", "diffusion/inversion.py", *_DENOISING),
     "sample": (
@@ -85,7 +89,7 @@ MEANING = {
         "stages/measure.py",
         "stages/features.py",
         "stages/inputs.py",
-        "evaluation/inception.py",
+        *_FEATURES,
         "evaluation/measures.py",
         "evaluation/set_metrics.py",
         "diffusion/backbone.py",

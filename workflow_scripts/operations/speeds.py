@@ -19,6 +19,7 @@ from workflow_scripts.config import Compute, DiffusionMethod, GaussianStart, Noi
 from workflow_scripts.diffusion.schedule import spaced_timesteps
 from workflow_scripts.evaluation.protocols import Recipe
 from workflow_scripts.operations.flops import (
+    INCEPTION_GMACS,
     Config,
     coder_name,
     decoder_flop,
@@ -180,6 +181,10 @@ class Tasks:
         """Score a student on an image."""
         what, flop = self._student(student)
         return Task("test", what, flop)
+
+    def inception(self) -> Task:
+        """Compute Inception's features of an image."""
+        return Task("test", "inception 299 px", 2e9 * INCEPTION_GMACS)
 
     def _student(self, student: Recipe) -> tuple[str, float]:
         name, width, side = student.architecture, student.width, student.resolution

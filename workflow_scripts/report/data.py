@@ -58,7 +58,7 @@ class ScoreRow:
     """One training of one classifier on one distilled set.
 
     ``architecture`` is a key of ``ReportData.architectures``; ``curve`` holds (epoch, top-1) pairs, ``per_class`` the top-1
-    of each class in label order. Rows with the same ``set_digest`` were trained on the same images.
+    of each class in label order. Rows whose ``set_digest`` has the same ``ReportData.content`` were trained on the same images.
     """
 
     run: str
@@ -216,9 +216,11 @@ class ReportData:
 
     ``architectures`` maps the key that scores use to the name that readers see. ``protocols`` maps a protocol's name to
     its settings, ``presets`` to the published protocol that it is, and ``protocol_changes`` to the settings that are not as
-    published. Methods are drawn and listed in the order given. ``baselines`` are the methods that the others are compared with
-    in the leaderboard; those that the run does not hold are ignored. ``summarised`` are keys of ``architectures`` that are
-    means over others, which no average counts again. ``confusions`` and ``pairs`` may be of some methods only.
+    published. ``contents`` maps the digest of a set to that of its images, so that sets of different origin with the same
+    images count as one; sets that it does not name are different. Methods are drawn and listed in the order given.
+    ``baselines`` are the methods that the others are compared with in the leaderboard; those that the run does not hold are
+    ignored. ``summarised`` are keys of ``architectures`` that are means over others, which no average counts again.
+    ``confusions`` and ``pairs`` may be of some methods only.
 
     Raises:
         ValueError: a score, sheet or map names a run, method, IPC or architecture that the report does not list.
@@ -241,6 +243,7 @@ class ReportData:
     costs: tuple[Cost, ...] = ()
     confusions: tuple[Confusion, ...] = ()
     sets: tuple[SetRecord, ...] = ()
+    contents: Mapping[str, str] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     presets: Mapping[str, str] = field(default_factory=dict)
     protocol_changes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -250,6 +253,10 @@ class ReportData:
     notes: tuple[str, ...] = ()
     baselines: tuple[str, ...] = ("random", "dit")
     summarised: tuple[str, ...] = ()
+
+    def content(self, set_digest: str) -> str:
+        """Return what sets with the same images share."""
+        return self.contents.get(set_digest, set_digest)
 
     def __post_init__(self) -> None:
         methods = {method.name for method in self.methods}

@@ -195,7 +195,7 @@ def render(data: ReportData) -> Page:
         protocols={name: flatten(settings) for name, settings in data.protocols.items()},
         score_protocols=list(dict.fromkeys(score.protocol for score in data.scores)),
         score_architectures=tables.architectures_of(data),
-        set_count=len({score.set_digest for score in data.scores}),
+        set_count=len({data.content(score.set_digest) for score in data.scores}),
         compute_seconds=compute_seconds,
         trained=trained,
         training_seconds=sum(score.seconds for score in trained),
@@ -474,7 +474,7 @@ def _measure_boards(data: ReportData, boards: Sequence[tables.Board]) -> list[Me
         by_method: dict[str, dict[str, Measured]] = defaultdict(dict)
         for one in data.measured:
             if one.ipc == ipc:
-                by_method[one.method][one.set_digest] = one
+                by_method[one.method][data.content(one.set_digest)] = one
         if not by_method:
             continue
         methods = [info.name for info in data.methods if info.name in by_method]

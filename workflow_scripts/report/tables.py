@@ -145,7 +145,7 @@ def collect(data: ReportData, protocol: str, ipc: int, column: str, metric: str)
         value = _READ[metric](score)
         if (score.protocol, score.ipc) == (protocol, ipc) and score.architecture in counted and value is not None:
             grouped[score.method][score.seed, score.repeat].append(value)
-            sets[score.method][score.seed] = score.set_digest
+            sets[score.method][score.seed] = data.content(score.set_digest)
     found: dict[str, Scores] = {}
     for method in (info.name for info in data.methods):
         by_seed: dict[Hashable, list[float]] = defaultdict(list)

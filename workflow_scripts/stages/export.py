@@ -18,7 +18,7 @@ from PIL import Image
 from workflow_scripts.recipes import Recipes, SampleSet
 from workflow_scripts.stages.common import stage_main
 from workflow_scripts.stages.worker import progress
-from workflow_scripts.store.files import TEMPORARY, explain_full_disk
+from workflow_scripts.store.files import TEMPORARY, explain_full_disk, sync_directory, write_atomically
 
 CARD = "dataset.json"
 
@@ -61,9 +61,11 @@ def export_set(recipes: Recipes, wanted: SampleSet) -> None:
                 folder = temporary / name
                 folder.mkdir(parents=True)
                 list(pool.map(_write_png, images, [folder / f"{index:04d}.png" for index in range(len(images))]))
+                sync_directory(folder)
             card["checksums"] = {name: class_checksum(temporary / name) for name in recipes.classes}
-            (temporary / CARD).write_text(json.dumps(card, indent=1))
+            write_atomically(temporary / CARD, json.dumps(card, indent=1))
             _replace(temporary, final)
+            sync_directory(final.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

@@ -13,7 +13,9 @@ from workflow_scripts.data.sources import BadImage
 from workflow_scripts.diffusion.backbone import Autoencoder
 from workflow_scripts.errors import DataError
 from workflow_scripts.evaluation.inception import Inception
+from workflow_scripts.evaluation.teacher import TeacherFeatures
 from workflow_scripts.recipes import Recipes
+from workflow_scripts.stages.classifiers import read_teacher
 from workflow_scripts.stages.common import stage_main
 from workflow_scripts.stages.inputs import real_batches, refuse_skipped, scaling_factor
 from workflow_scripts.stages.memory import Batch
@@ -57,8 +59,14 @@ def extractor(recipes: Recipes, device: torch.device) -> tuple[str, Extract]:
 
     On latents, those are the scaled posterior means in the half precision in which encoding stores them.
     """
-    if recipes.config.evaluation.inception is not None:
-        inception = Inception(recipes.config.evaluation.inception, device)
+    evaluation, teacher = recipes.config.evaluation, recipes.feature_teacher
+    if teacher is not None:
+        resolution: int = recipes.feature_space["resolution"]
+        network = read_teacher(recipes, recipes.soft_protocols[0], resolution, device)
+        return teacher, TeacherFeatures(network, resolution, evaluation.resample)
+    if evaluation.feature_space == "inception":
+        assert evaluation.inception is not None
+        inception = Inception(evaluation.inception, device)
         return inception.name, inception
     quiet_libraries()
     autoencoder = Autoencoder.load(recipes.backbone.autoencoder, device, getattr(torch, recipes.config.compute.dtype))

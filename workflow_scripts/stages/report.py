@@ -116,6 +116,7 @@ def gather(recipes: Recipes) -> ReportData:
             for method in config.compare
             for s in recipes.sets(method)
         ),
+        contents=seconds.contents(),
         digests=_digests(recipes),
         skipped_images=(
             *seconds.skipped,
@@ -219,9 +220,16 @@ def _digests(recipes: Recipes) -> dict[str, str]:
         "test images": digest([[name, recipes.catalog.fingerprint(name, "test")] for name in recipes.classes]),
         "backbone, denoiser": recipes.backbone.denoiser,
         "backbone, autoencoder": recipes.backbone.vae,
-        **{f"features ({name})": weights for name, weights in [recipes.feature_space.values()]},
+        **_feature_digest(recipes),
         "recipe numbers": ", ".join(f"{stage} {number}" for stage, number in RECIPES.items()),
     }
+
+
+def _feature_digest(recipes: Recipes) -> dict[str, str]:
+    if not recipes.config.evaluation.set_metrics:
+        return {}
+    space = recipes.feature_space
+    return {f"features ({recipes.feature_teacher or space['name']})": space["weights"]}
 
 
 def _measured(recipes: Recipes) -> tuple[tuple[Measured, ...], tuple[ClosePair, ...]]:
@@ -233,6 +241,7 @@ def _measured(recipes: Recipes) -> tuple[tuple[Measured, ...], tuple[ClosePair, 
         for wanted in recipes.sets(method):
             record = json.loads(recipes.measure_path(wanted).read_text())
             found = {key: record[key] for key in ("space", "dimensions", "values", "warnings", "audit")}
+            found["space"] = recipes.feature_teacher or found["space"]  # by what this run calls the teacher
             of = (wanted.method, wanted.ipc, wanted.seed, recipes.set_digest(wanted))
             measured.append(Measured(*of, **found))
             if wanted == shown and not isinstance(config.methods[method], CoresetMethod):
@@ -313,6 +322,7 @@ class _Seconds:
     def __init__(self, recipes: Recipes):
         self._recipes = recipes
         self._read: dict[str, tuple[str, float]] = {}
+        self._images: dict[str, str] = {}
         self.devices: dict[str, str] = {}
         self.hosts: set[str] = set()
         self.skipped: dict[SkippedImage, None] = {}  # in order, each once
@@ -325,11 +335,23 @@ class _Seconds:
         if result.digest not in self._read:
             record = self._recipes.store.record(result)
             self._read[result.digest] = (result.stage, record["seconds"])
+            self._images[result.digest] = record["checksums"].get("images", "")
             self.devices[result.stage] = record["device"]
             self.hosts.add(record["host"])
             listed = record["skipped"] if result.stage in ("encode", "features") else ()  # experts only count theirs
             for bad in listed:
                 self.skipped[SkippedImage(result.class_name, bad["path"], bad["reason"])] = None
+
+    def contents(self) -> dict[str, str]:
+        """Return the digest of each set's images, by the set's digest."""
+        recipes = self._recipes
+        return {
+            recipes.set_digest(wanted): digest(
+                [self._images[recipes.samples(n, wanted).digest] for n in recipes.classes]
+            )
+            for method in recipes.config.compare
+            for wanted in recipes.sets(method)
+        }
 
     def stage_times(self) -> list[StageTime]:
         """Return what each stage cost."""
@@ -343,7 +365,7 @@ class _Seconds:
         ]
 
     def cost(self, method: str, ipc: int, scores: Iterable[ScoreRow]) -> Cost:
-        """Return what a method's sets of one IPC cost, seeds that gave the same images counted once."""
+        """Return what a method's sets of one IPC cost, those that seeds share counted once."""
         recipes = self._recipes
         sets = [wanted for wanted in recipes.sets(method) if wanted.ipc == ipc]
         made = [*recipes.experts(method)]

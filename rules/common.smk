@@ -86,25 +86,36 @@ def get_gpu(wildcards):
     return 1 if HAS_GPU else 0
 
 
-def get_fit_gpus(wildcards):
-    """The GPUs that fine-tuning shares its batch among, one for any other fit, if there are any."""
-    tune = RUN.backbone.finetune
-    return get_gpu(wildcards) * (1 if tune is None else tune.gpus)
+def get_gpus(stage):
+    """Resource function: the GPUs that a job shares its batches among, if there are any."""
+    return lambda wildcards: get_gpu(wildcards) * PLAN.job(stage, wildcards.shard).gpus
+
+
+def get_launcher(stage):
+    """Input function: what starts a job's program, one process for each of its GPUs."""
+    return lambda wildcards: launcher(max(1, get_gpus(stage)(wildcards)))
+
+
+def get_cpus(stage):
+    """Resource function: CPUs for the threads of each of several processes; unset for one, which gets its threads."""
+    return lambda wildcards, threads: threads * gpus if (gpus := get_gpus(stage)(wildcards)) > 1 else None
+
+
+def get_memory(stage, megabytes):
+    """Resource function: megabytes for each process of a job, growing with each attempt; a profile may set them."""
+    own = workflow.resource_settings.overwrite_resources.get(stage, {})
+    megabytes = int(own["mem_mb_per_gpu"].raw) if "mem_mb_per_gpu" in own else megabytes
+    return lambda wildcards, attempt: attempt * megabytes * max(1, get_gpus(stage)(wildcards))
 
 
 def get_fit_memory(wildcards, attempt):
     """Megabytes for a fit: a checkpoint of all weights of DiT-XL/2, averages and moments included, has 11 GB."""
     tune = RUN.backbone.finetune
-    return attempt * (16000 if tune is None else 40000 + 8000 * tune.gpus)
-
-
-def get_launcher(wildcards):
-    """What starts a fit: one process for each of its GPUs."""
-    return launcher(max(1, get_fit_gpus(wildcards)))
+    return attempt * (32000 if tune is None else 40000 + 8000 * tune.gpus)
 
 
 def get_minutes(stage, minutes, seconds_per_item):
-    """Resource function: minutes for a job by its number of items, growing with each attempt; a profile may set both parts."""
+    """Resource function: minutes for a job by its items per GPU, growing with each attempt; a profile may set both parts."""
     own = workflow.resource_settings.overwrite_resources.get(stage, {})
     minutes = int(own["minutes_fixed"].raw) if "minutes_fixed" in own else minutes
     seconds_per_item = int(own["seconds_per_item"].raw) if "seconds_per_item" in own else seconds_per_item
@@ -112,7 +123,8 @@ def get_minutes(stage, minutes, seconds_per_item):
     most = next((int(of["minutes_max"].raw) for of in (own, DEFAULT_RESOURCES) if "minutes_max" in of), None)
 
     def runtime(wildcards, attempt):
-        asked = ceil((minutes + seconds_per_item * PLAN.job(stage, wildcards.shard).items / 60) * attempt)
+        job = PLAN.job(stage, wildcards.shard)
+        asked = ceil((minutes + seconds_per_item * job.items / job.gpus / 60) * attempt)
         return asked if most is None else min(asked, most)
 
     return runtime

@@ -11,13 +11,16 @@ rule evaluate:
         "../envs/stillhouse.yaml"
     threads: 1
     resources:
-        gpu=get_gpu,
-        mem_mb=32000,
+        gpu=get_gpus("evaluate"),
+        nodes=1,
+        cpus_per_task=get_cpus("evaluate"),
+        mem_mb=get_memory("evaluate", 32000),
         runtime=get_minutes("evaluate", 10, 10800),
     params:
         resolved=get_resolved,
+        launcher=get_launcher("evaluate"),
     message:
         "Training classifiers on {wildcards.shard}"
     shell:
-        "exec python -m workflow_scripts.stages.evaluate --resolved {params.resolved:q} --shard {wildcards.shard:q}"
+        "exec {params.launcher} workflow_scripts.stages.evaluate --resolved {params.resolved:q} --shard {wildcards.shard:q}"
         " --manifest {output:q} --log {log:q}"

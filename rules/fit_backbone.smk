@@ -11,12 +11,13 @@ rule fit_backbone:
         "../envs/stillhouse.yaml"
     threads: workflow.resource_settings.cores or 8
     resources:
-        gpu=get_fit_gpus,
+        gpu=get_gpus("fit_backbone"),
+        nodes=1,
         mem_mb=get_fit_memory,
         runtime=get_minutes("fit_backbone", 240 if RUN.backbone.finetune is None else 720, 0),
     params:
         resolved=get_resolved,
-        launcher=get_launcher,
+        launcher=get_launcher("fit_backbone"),
     message:
         "Fitting a backbone on the training images"
     shell:

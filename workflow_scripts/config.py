@@ -692,7 +692,7 @@ AreaRange = tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt
 
 
 class Architecture(Strict):
-    """A classifier that is trained on the distilled set."""
+    """A classifier."""
 
     name: ArchitectureName = Field(
         description="convnet, resnet_ap10 and resnet18 have instance norm (hard labels), glad_* are GLaD's, convnet_bn is "
@@ -705,6 +705,14 @@ class Architecture(Strict):
         if self.width is not None and STUDENTS[self.name].width is None:
             raise ValueError(f"width: {self.name} has one width only")
         return self
+
+
+class Student(Architecture):
+    """A classifier that is trained on the distilled set, and on how many GPUs at once."""
+
+    gpus: PositiveInt = Field(
+        1, description="share each batch among so many of a node; changes results by rounding only, in no digest"
+    )
 
 
 class FitTeacher(Strict):
@@ -743,7 +751,7 @@ class Teacher(Strict):
 class ProtocolSettings(Strict):
     """What overrides a protocol's published values; what is left unset keeps them. See `stillhouse protocols`."""
 
-    architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)] | None = None
+    architectures: Annotated[tuple[Student, ...], Field(min_length=1)] | None = None
     repeats: PositiveInt | None = Field(None, description="trainings per distilled set")
     resolution: PositiveInt | None = Field(None, description="side in pixels at which classifiers see images")
     epochs: PositiveInt | dict[int, PositiveInt] | None = Field(None, description="one number, or one per IPC")

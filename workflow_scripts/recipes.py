@@ -24,6 +24,7 @@ from workflow_scripts.config import (
     PrototypeStart,
     RunConfig,
     SoftLabelSchedule,
+    Student,
     Teacher,
     TransportTerm,
 )
@@ -93,7 +94,7 @@ class Training:
     """One classifier to be trained on one exported set."""
 
     set: SampleSet
-    architecture: Architecture
+    architecture: Student
     repeat: int
     protocol: str
 
@@ -128,6 +129,7 @@ class Job:
         digest: of everything it makes.
         items: how many results, sets or trainings that is.
         needs: stage and shard of the jobs whose results it reads.
+        gpus: how many share its batches.
     """
 
     stage: str
@@ -135,6 +137,7 @@ class Job:
     digest: str
     items: int
     needs: tuple[tuple[str, str], ...] = ()
+    gpus: int = 1
 
     @property
     def manifest(self) -> str:
@@ -168,10 +171,10 @@ def student_recipe(
     )
 
 
-def students_of(config: RunConfig, protocol: str) -> tuple[Architecture, ...]:
+def students_of(config: RunConfig, protocol: str) -> tuple[Student, ...]:
     """Return a protocol's students: configured, or the published ones."""
-    chosen: tuple[Architecture, ...] | None = config.evaluation.value(protocol, "architectures")
-    return chosen or tuple(Architecture(name=name) for name in config.evaluation.preset(protocol).architectures)
+    chosen: tuple[Student, ...] | None = config.evaluation.value(protocol, "architectures")
+    return chosen or tuple(Student(name=name) for name in config.evaluation.preset(protocol).architectures)
 
 
 def digest_of_set(images: Mapping[str, str]) -> str:
@@ -568,7 +571,7 @@ class Recipes:
         name = f"{wanted.method}-ipc{wanted.ipc}-seed{wanted.seed}.{self.set_digest(wanted)[:PREFIX]}"
         return self.config.results / "datasets" / name
 
-    def architectures(self, protocol: str) -> tuple[Architecture, ...]:
+    def architectures(self, protocol: str) -> tuple[Student, ...]:
         """Return a protocol's students."""
         return students_of(self.config, protocol)
 
@@ -824,8 +827,7 @@ class Recipes:
         """Return the trainings of an evaluate job, whose shards are called METHOD-ipcN-NNN."""
         cell, _, chunk = shard.rpartition("-")
         method, _, ipc = cell.rpartition("-ipc")
-        size = self.config.evaluation.trainings_per_job
-        return self.trainings(method, int(ipc))[int(chunk) * size :][:size]
+        return self._chunks(method, int(ipc))[int(chunk)]
 
     def jobs(self) -> list[Job]:
         """Return every job of the run, each after the jobs that it needs."""
@@ -850,7 +852,7 @@ class Recipes:
         """
         content, items, needs = self._describe(stage, shard)
         name = digest({"stage": stage, "shard": shard, "content": content})
-        return Job(stage, shard, name, items, tuple(needs))
+        return Job(stage, shard, name, items, tuple(needs), self._gpus(stage, shard))
 
     def _describe(self, stage: str, shard: str) -> tuple[Any, int, list[tuple[str, str]]]:
         """Return what a job makes, how many class-level results or trainings that is, and which jobs it needs."""
@@ -905,13 +907,19 @@ class Recipes:
             )
         cells = [(method, ipc) for method in self.config.compare for ipc in self.config.ipc]
         recipes = [digest(self.training_recipe(training)) for cell in cells for training in self.trainings(*cell)]
+        gpus = {"__all__": {"gpus"}}
         shown = self.config.model_dump(
             mode="json",
             exclude={
                 "results": True,
                 "dataset": {"root", "test_root", "test_labels"},
                 "backbone": {"path", "vae", "finetune"},
-                "evaluation": {"features", "inception"},
+                "evaluation": {
+                    "features": True,
+                    "inception": True,
+                    "architectures": gpus,
+                    "settings": {"__all__": {"architectures": gpus}},
+                },
                 "compute": {"gpu", "price_per_gpu_hour"},
             },
         )
@@ -921,6 +929,12 @@ class Recipes:
         content = {"recipe": RECIPES["report"], "config": shown, "trainings": recipes, "measured": measured}
         shards = [(stage, shard) for stage in ("evaluate", "measure") for shard in self.shards_of(stage)]
         return content, len(recipes), shards
+
+    def _gpus(self, stage: str, shard: str) -> int:
+        tune = self.config.backbone.finetune
+        if stage == "fit_backbone" and tune is not None:
+            return tune.gpus
+        return self.trainings_of(shard)[0].architecture.gpus if stage == "evaluate" else 1
 
     def _set_jobs(self, method: str) -> list[tuple[str, str]]:
         """Return the jobs that make a method's images."""
@@ -966,8 +980,17 @@ class Recipes:
         return [("teacher", self.teacher_job(self.soft_protocols[0]))]
 
     def _evaluate_shards(self, method: str, ipc: int) -> list[str]:
-        size = self.config.evaluation.trainings_per_job
-        return [f"{method}-ipc{ipc}-{chunk:03d}" for chunk in range(-(-len(self.trainings(method, ipc)) // size))]
+        return [f"{method}-ipc{ipc}-{chunk:03d}" for chunk in range(len(self._chunks(method, ipc)))]
+
+    @remembered
+    def _chunks(self, method: str, ipc: int) -> list[list[Training]]:
+        """Part the trainings of a cell into jobs, each of trainings that want as many GPUs, those with the fewest first."""
+        size, trainings = self.config.evaluation.trainings_per_job, self.trainings(method, ipc)
+        alike = [
+            [training for training in trainings if training.architecture.gpus == gpus]
+            for gpus in sorted({training.architecture.gpus for training in trainings})
+        ]
+        return [group[begin : begin + size] for group in alike for begin in range(0, len(group), size)]
 
     # ---------------------------------------------------------------- checks
 

@@ -17,9 +17,10 @@ from workflow_scripts.config import FineTune, FitDiT, FitVAE
 from workflow_scripts.diffusion import finetune as module
 from workflow_scripts.diffusion.backbone import Denoiser
 from workflow_scripts.diffusion.checkpoint import open_checkpoint
-from workflow_scripts.diffusion.finetune import Scaled, Team, finetune, relabel, separate, team
+from workflow_scripts.diffusion.finetune import Scaled, finetune, relabel, separate
 from workflow_scripts.diffusion.fit import build_dit, build_vae
 from workflow_scripts.errors import ConfigError
+from workflow_scripts.team import Team, team
 
 SETTINGS = FineTune(steps=6, batch_size=8, warmup=2, micro_batch=3, checkpoint_every=2, learning_rate=1e-2, ema=0.9)
 CLASSES = ("bee", "yak", "ant")

@@ -18,12 +18,12 @@ from workflow_scripts.evaluation.augment import (
     LIGHTING_EIGENVECTORS,
     _constant,
     augment,
+    blend,
     crop_boxes,
     draw_epoch,
     epoch_generator,
     jitter_matrices,
     lighting_offsets,
-    mix,
     normalise,
     own_shares,
     recolour,
@@ -295,7 +295,7 @@ def test_cutmix_weights_are_the_pasted_area() -> None:
     for seed in range(150):
         draws = drawn(recipe, count, seed=seed)
         partners, own_share = draws["partners"], own_shares(draws, side)[0]
-        mixed = mix(images, partners, draws["mix_boxes"].expand(count, 4), draws["mix_weights"].expand(count))
+        mixed = blend(images, images[partners], draws["mix_boxes"].expand(count, 4), draws["mix_weights"].expand(count))
         moved = partners != torch.arange(count)
         own = (mixed == images)[moved].float().mean(dim=(1, 2, 3))
         torch.testing.assert_close(own, own_share.expand(len(own)))
@@ -331,10 +331,10 @@ def test_mixing_is_torchvision_s() -> None:
     box = (1, 2, 6, 5)  # left, top, right, bottom
     shared = {"labels": labels, "batch_size": 4}
     cut = v2.CutMix(num_classes=4).transform(images, {**shared, "box": box, "lam_adjusted": 1 - 15 / 64})
-    ours = mix(images, partners, torch.tensor([[2, 1, 5, 6]]).expand(4, 4), torch.ones(4))
+    ours = blend(images, images[partners], torch.tensor([[2, 1, 5, 6]]).expand(4, 4), torch.ones(4))
     assert torch.equal(ours, cut)
     blended = v2.MixUp(num_classes=4).transform(images, {**shared, "lam": 0.3})
-    ours = mix(images, partners, torch.zeros(4, 4, dtype=torch.int64), torch.full((4,), 0.3))
+    ours = blend(images, images[partners], torch.zeros(4, 4, dtype=torch.int64), torch.full((4,), 0.3))
     torch.testing.assert_close(ours, blended)
 
 
@@ -360,7 +360,7 @@ def test_nothing_waits_for_the_device() -> None:
         fake = {name: mode.from_tensor(tensor) for name, tensor in draws.items()}
         images = augment(torch.empty(8, 3, 32, 32, dtype=torch.uint8), fake, recipe)
         batch_of = torch.arange(8) // 4
-        mixed = mix(images, fake["partners"], fake["mix_boxes"][batch_of], fake["mix_weights"][batch_of])
+        mixed = blend(images, images[fake["partners"]], fake["mix_boxes"][batch_of], fake["mix_weights"][batch_of])
         assert (mixed.shape, own_shares(fake, 16).shape) == ((8, 3, 16, 16), (2,))
         with pytest.raises(DataDependentOutputException):
             mixed.sum().item()

@@ -200,6 +200,9 @@ def test_hours(told: Told) -> None:
     assert snapshot.gpu_hours == pytest.approx(0.5, abs=0.01)
     assert "0.50 of 4.50 planned" in text(snapshot)
     assert any(broken.error == "no space left" for broken in snapshot.broken)
+    age(told.events("evaluate", "random-ipc1-000", **ME, processes=4).path, 1800)
+    snapshot = Progress(told.recipes, ask=lambda: None).look()
+    assert snapshot.gpu_hours == pytest.approx(0.5 + 4 * 0.5, abs=0.01), "of each process that shares the job"
 
 
 def text(snapshot: Snapshot) -> str:

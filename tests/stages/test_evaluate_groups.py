@@ -12,6 +12,7 @@ import torch
 
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.evaluate import _groups
+from workflow_scripts.team import Team
 
 SEVERAL: dict[str, Any] = {
     "compare": ["random"],
@@ -23,7 +24,7 @@ SEVERAL: dict[str, Any] = {
 
 def sizes(site: support.Site, device: str, **changes: Any) -> list[int]:
     recipes = Recipes(site.config(SEVERAL | changes))
-    return [len(group) for group in _groups(recipes, recipes.trainings("random", 3), torch.device(device))]
+    return [len(group) for group in _groups(recipes, recipes.trainings("random", 3), Team(torch.device(device)))]
 
 
 def test_small_students_without_batch_norm_share_steps_on_a_gpu(plan_site: Callable[..., support.Site]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import Done, Site, run_jobs
 
 from workflow_scripts.errors import ConfigError, DataError
@@ -18,9 +19,11 @@ from workflow_scripts.operations.gc import garbage
 from workflow_scripts.operations.survey import survey
 from workflow_scripts.operations.verify import verify
 from workflow_scripts.recipes import Labels, Recipes, SampleSet, Training
+from workflow_scripts.stages import relabel, teacher
 from workflow_scripts.stages.classifiers import read_teacher
 from workflow_scripts.stages.features import real_features
 from workflow_scripts.stages.inputs import real_images
+from workflow_scripts.stages.notice import NOTICE, Unfinished
 
 FIT = {"epochs": 12, "batch_size": 8, "flip": False, "crop_scale": [0.6, 1.0]}
 SOFT: dict[str, Any] = {
@@ -60,6 +63,37 @@ def site(tmp_path: Path, done: tuple[Site, Done]) -> Site:
 def scores(recipes: Recipes) -> dict[Training, dict[str, Any]]:
     trainings = recipes.trainings("random", 3)
     return {training: json.loads(recipes.training_path(training).read_text()) for training in trainings}
+
+
+def test_teachers_and_labels_end_in_good_order_and_go_on(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = Recipes(site.config(SOFT))
+    weights, labels = recipes.teacher_weights("soft-rded"), recipes.labels_path(FKD)
+    was = load_file(weights), [SoftLabels(labels).epoch(epoch)[1] for epoch in range(3)]
+    weights.unlink()
+    shutil.rmtree(labels)
+    asked = 0
+
+    def due(longest: float) -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == 2
+
+    monkeypatch.setattr(NOTICE, "due", due)
+    with pytest.raises(Unfinished, match="after 2 of 12 epochs of the teacher of soft-rded"):
+        teacher.work(recipes, "soft-rded")
+    assert not weights.exists()
+    teacher.work(recipes, "soft-rded")
+    assert asked == 2 + 9, "after each epoch but the last"
+    for name, value in load_file(weights).items():
+        assert torch.equal(value, was[0][name])
+    asked = 0
+    with pytest.raises(Unfinished, match="after epoch 2 of 3"):
+        relabel.work(recipes, FKD.job)
+    stored = SoftLabels(labels)
+    assert not stored.whole and [stored.has(epoch) for epoch in range(3)] == [True, True, False]
+    relabel.work(recipes, FKD.job)
+    for epoch, logits in enumerate(was[1]):
+        assert torch.equal(SoftLabels(labels).epoch(epoch)[1], logits)
 
 
 def test_several_protocols_from_images_to_scores(done: tuple[Site, Done]) -> None:

@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -34,6 +31,7 @@ from workflow_scripts.diffusion.checkpoint import LABELS, vae_folder, weights_of
 from workflow_scripts.diffusion.fit import Drawn, Process, train
 from workflow_scripts.errors import BackboneError, ConfigError
 from workflow_scripts.store.files import write_atomically
+from workflow_scripts.team import Team
 
 
 class Latents(Protocol):
@@ -50,32 +48,6 @@ class Latents(Protocol):
 
     def __getitem__(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return means and log-variances (n, c, h, w) float32 and labels (n,) int64."""
-
-
-@dataclass(frozen=True)
-class Team:
-    """The processes that share a batch, of which this is one."""
-
-    device: torch.device
-    rank: int = 0
-    size: int = 1
-
-
-@contextmanager
-def team(device: torch.device) -> Iterator[Team]:
-    """Join the processes that torchrun started, each with a GPU of its own; without torchrun there is one."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
-        yield Team(device)
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Team(device, dist.get_rank(), size)
-    finally:
-        dist.destroy_process_group()
 
 
 def finetune(
@@ -119,7 +91,7 @@ def finetune(
     # The model stays in eval mode: a DiT's own label dropout would draw from the global generator.
     model = model.to(team.device).eval()
     fit(model, latents, schedule, len(classes), settings, team, work / "transformer.safetensors", autocast, compiled)
-    if team.rank == 0:
+    if team.leads:
         close_difffit(model)
         into.mkdir(parents=True, exist_ok=True)
         separate(model).save_pretrained(into / "transformer", safe_serialization=True)
@@ -184,7 +156,7 @@ def fit(
         settings.ema,
         checkpoint,
         "denoiser",
-        leads=team.rank == 0,
+        leads=team.leads,
     )
 
 

@@ -186,12 +186,12 @@ def siamese(batch: torch.Tensor, operation: str, numbers: torch.Tensor) -> torch
     return OPERATIONS[operation](batch, numbers)
 
 
-def mix(images: torch.Tensor, partners: torch.Tensor, boxes: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Blend each image with its partner, and paste the partner's pixels in a box.
+def blend(images: torch.Tensor, others: torch.Tensor, boxes: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Blend each image with another, and paste the other's pixels in a box.
 
     Args:
         images: (n, C, H, W) float.
-        partners: (n,) int64, rows of ``images``.
+        others: (n, C, H, W) float.
         boxes: (n, 4) top, left, bottom, right.
         weights: (n,) of the image's own pixels outside the box.
     """
@@ -201,7 +201,7 @@ def mix(images: torch.Tensor, partners: torch.Tensor, boxes: torch.Tensor, weigh
     inside_rows, inside_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
     inside = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
     own = torch.where(inside, 0.0, weights[:, None, None, None])
-    return torch.lerp(images[partners], images, own)
+    return torch.lerp(others, images, own)
 
 
 def shuffle_tiles(images: torch.Tensor, tiles: torch.Tensor, factor: int) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 Images stay on the device as uint8 and are augmented there, many batches in one call, so that the device is never waited for
 between two scores. Students of one recipe that differ in seed and images alone can be trained at once, as one network with
-stacked weights: small networks leave most of a GPU idle.
+stacked weights: small networks leave most of a GPU idle. A large one can be trained by several processes, each with a GPU
+of its own: every process draws the whole epoch from the same seeds and computes its share of each batch.
 """
 
 from __future__ import annotations
@@ -28,18 +29,20 @@ from workflow_scripts.evaluation.architectures import HalvingPool, build
 from workflow_scripts.evaluation.augment import (
     Draws,
     augment,
+    blend,
     draw_epoch,
     epoch_generator,
-    mix,
     normalise,
     own_shares,
     siamese,
     to_float,
 )
+from workflow_scripts.evaluation.batch_norm import share_statistics
 from workflow_scripts.evaluation.protocols import DOUBLE_BATCHNORM, Recipe
 from workflow_scripts.store.files import TEMPORARY
+from workflow_scripts.team import Team
 
-__all__ = ["Network", "Recipe", "Score", "Soft", "can_stack", "train_student", "train_students"]
+__all__ = ["Network", "Recipe", "Score", "Soft", "Stopped", "can_stack", "train_student", "train_students"]
 
 AUGMENTED_PIXELS = {"cpu": 2**17, "cuda": 2**25}
 """Most pixels augmented in one call, or one batch if that is more: small batches share the overhead, in the cache."""
@@ -105,6 +108,10 @@ class Score:
     seconds: float = field(compare=False)
 
 
+class Stopped(Exception):
+    """A training ended before its last epoch, as it was told to; its checkpoint is written."""
+
+
 def train_student(recipe: Recipe, train: Labelled, test: Labelled, **options: Any) -> Score:
     """Train one student, see ``train_students``."""
     return train_students([recipe], [train], test, **options)[0]
@@ -122,12 +129,15 @@ def train_students(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     progress: Progress | None = None,
+    stop: Callable[[float], bool] | None = None,
     keep: Callable[[nn.Module], None] | None = None,
+    team: Team | None = None,
 ) -> list[Score]:
     """Train fresh students and score them on the test set.
 
     Global random state is left as it was. On a CPU a score is a function of the recipe, the images, the teacher and the
-    number of threads; students that are trained at once differ by rounding from those trained alone.
+    number of threads; students that are trained at once differ by rounding from those trained alone, and so does a student
+    that several processes train, but for what dropout and stochastic depth draw.
 
     Args:
         recipes: One per student; they differ in their seeds alone.
@@ -138,47 +148,65 @@ def train_students(
         teacher: For ``target: teacher``.
         soft: For ``target: stored``.
         compiled: Compile the student; changes results by rounding.
-        checkpoint: File from which an interrupted training resumes, with the same result; it is not removed.
+        checkpoint: File from which an interrupted training resumes, with the same result; it is not removed. Any number
+            of processes can go on from it.
         checkpoint_seconds: Least time between two checkpoints.
         progress: Called after each epoch with the epoch, from 1, and the first student's latest top-1 accuracy in percent,
             None before the first; an exception it raises ends the training.
+        stop: Is asked after each epoch but the last, with the seconds of the longest so far, whether to stop there. With
+            several processes the answer of any is that of all.
         keep: Is given the trained network, which is what was tested last; for one student only.
+        team: The processes that train it together, this one on ``device``; for one student only.
 
     Raises:
+        Stopped: As ``stop`` wanted.
         ValueError: A set has the wrong shape, type or labels, students cannot be trained at once, soft labels are missing,
             or the training diverged.
     """
     device = torch.device(device)
+    team = team or Team(device)
     recipe = recipes[0]
-    _check(recipes, train, test, teacher, soft)
+    _check(recipes, train, test, teacher, soft, team)
     start = time.perf_counter()
     there = {id(own): (own[0].to(device), own[1].to(device)) for own in train}  # students may share a set
     sets = [there[id(own)] for own in train]
-    test_images, test_labels = (tensor.to(device) for tensor in test)
+    first, last = team.share(0, len(test[1]))
+    test_images, test_labels = (tensor[first:last].to(device) for tensor in test)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        students = Students(recipes, device, compiled)
+        students = Students(recipes, device, compiled, team)
         curves: list[list[tuple[int, float]]] = [[] for _ in recipes]
         begin = students.resume(checkpoint, curves) if checkpoint is not None else 0
-        saved = time.monotonic()
+        if team.word(begin) != begin:
+            raise RuntimeError(f"{checkpoint}: is not the same file for all processes of the training")
+        saved = began = time.monotonic()
+        longest = 0.0
         points = set(recipe.evaluation_epochs())
         counts = _Counts(recipe, len(recipes), device)
         for epoch in range(begin, recipe.epochs):
-            _seed_layers(recipes, epoch, device)
+            _seed_layers(recipes, epoch, team)
             students.set_rate(recipe.learning_rate * recipe.rate_factor(epoch))
             total = torch.zeros(len(recipes), device=device)
-            for batch in batches(recipes, sets, epoch, soft):
+            for batch in batches(recipes, sets, epoch, soft, team):
                 total += students.step(batch, teacher)
             if epoch + 1 in points:
+                team.add_up([total])
                 if not torch.isfinite(total).all():
                     raise ValueError(f"training diverged at epoch {epoch + 1} or before: lower the learning rate")
                 counts = students.test(test_images, test_labels)
                 for curve, top1 in zip(curves, counts.top1(), strict=True):
                     curve.append((epoch + 1, top1))
-            if checkpoint is not None and time.monotonic() - saved >= checkpoint_seconds and epoch + 1 < recipe.epochs:
-                students.save(checkpoint, epoch + 1, curves)
+            now = time.monotonic()
+            longest, began = max(longest, now - began), now
+            more = epoch + 1 < recipe.epochs
+            stopping = more and stop is not None and team.any(stop(longest))
+            if checkpoint is not None and more and (stopping or now - saved >= checkpoint_seconds):
+                if team.leads:
+                    students.save(checkpoint, epoch + 1, curves)
                 saved = time.monotonic()
             if progress is not None:
                 progress(epoch + 1, curves[0][-1][1] if curves[0] else None)
+            if stopping:
+                raise Stopped(f"after {epoch + 1} of {recipe.epochs} epochs")
     if keep is not None:
         keep(students.tested())
     seconds = (time.perf_counter() - start) / len(recipes)
@@ -205,6 +233,7 @@ class Batch:
         partner_labels: Likewise, of what each image is mixed with; None without mixing.
         own_share: (R,) weight of ``labels``, the partners' having the rest.
         logits: (B, K) of the stored teacher, or None.
+        whole: Images of the batch over all processes, if these are not all of them.
     """
 
     images: torch.Tensor
@@ -212,14 +241,24 @@ class Batch:
     partner_labels: torch.Tensor | None = None
     own_share: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    whole: int | None = None
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Return what these images add (R,) to the mean over the batch of values (R, B)."""
+        return values.sum(1) / (self.whole or values.shape[1])
 
 
 def batches(
-    recipes: Sequence[Recipe], sets: Sequence[Labelled], epoch: int, soft: Soft | None = None
+    recipes: Sequence[Recipe],
+    sets: Sequence[Labelled],
+    epoch: int,
+    soft: Soft | None = None,
+    team: Team | None = None,
 ) -> Iterator[Batch]:
-    """Yield an epoch of batches, augmenting many of them in one call."""
+    """Yield an epoch of batches, or this process's share of each, augmenting many of them in one call."""
     recipe, (images, _) = recipes[0], sets[0]
     count, device = len(images), images.device
+    team = team or Team(device)
     logits = None
     if soft is not None:
         replayed, logits = soft.epoch(epoch)
@@ -233,17 +272,20 @@ def batches(
     at_once = size * max(1, AUGMENTED_PIXELS[device.type] // (size * recipe.resolution**2 * len(recipes)))
     shares = torch.stack([own_shares(d, recipe.resolution) for d in moved]) if "partners" in moved[0] else None
     for first in range(0, count, at_once):
-        last = min(first + at_once, count)
-        chunk = _chunk(recipe, sets, moved, operations, first, last)
-        for begin in range(first, last, size):
-            rows = slice(begin - first, min(begin + size, last) - first)
-            place = begin // size
+        ends = [(begin, min(begin + size, count)) for begin in range(first, min(first + at_once, count), size)]
+        own = [team.share(*batch) for batch in ends]
+        chunk = _chunk(recipe, sets, moved, operations, own, shared=team.size > 1)
+        place = 0
+        for (begin, end), (low, high) in zip(ends, own, strict=True):
+            rows = slice(place, place + high - low)
+            place = rows.stop
             yield Batch(
                 chunk.images[:, rows],
                 chunk.labels[:, rows],
                 None if chunk.partner_labels is None else chunk.partner_labels[:, rows],
-                None if shares is None else shares[:, place],
-                None if logits is None else logits[begin : begin + size],
+                None if shares is None else shares[:, begin // size],
+                None if logits is None else logits[low:high],
+                end - begin,
             )
 
 
@@ -252,41 +294,61 @@ def _chunk(
     sets: Sequence[Labelled],
     drawn: Sequence[Draws],
     operations: Sequence[Sequence[int]],
-    first: int,
-    last: int,
+    parts: Sequence[tuple[int, int]],
+    *,
+    shared: bool,
 ) -> Batch:
-    """Augment and mix the positions from ``first``, where a batch begins, to ``last`` of every student's epoch."""
-    count, size = last - first, recipe.batch_size
-    order = [draws["order"][first:last] for draws in drawn]
-    labels = torch.stack([own[rows] for (_, own), rows in zip(sets, order, strict=True)])
-    pixels = torch.cat([own[rows] for (own, _), rows in zip(sets, order, strict=True)])
-    per_image = ("tiles", "boxes", "mirrored", "factors", "alphas")
-    x = augment(pixels, {k: torch.cat([d[k][first:last] for d in drawn]) for k in per_image if k in drawn[0]}, recipe)
-    if recipe.dsa:
+    """Augment and mix parts of successive batches of every student's epoch.
+
+    Args:
+        parts: positions where each begins and ends; whole batches, unless they are shared.
+        shared: other processes have the rest, of one student; what its images are mixed with is augmented here once more.
+    """
+    device = sets[0][0].device
+    first = parts[0][0]
+    own = _moved(torch.cat([torch.arange(*part) for part in parts]), device)
+    count, places = len(own), [own] * len(sets)
+    mixes = "partners" in drawn[0]
+    if shared and mixes:
+        sets, drawn, operations = [*sets, *sets], [*drawn, *drawn], [*operations, *operations]
+        places = [own, drawn[0]["partners"][own]]
+    order = [draws["order"][rows] for draws, rows in zip(drawn, places, strict=True)]
+    labels = torch.stack([truth[rows] for (_, truth), rows in zip(sets, order, strict=True)])
+    pixels = torch.cat([images[rows] for (images, _), rows in zip(sets, order, strict=True)])
+    per_image = [name for name in ("tiles", "boxes", "mirrored", "factors", "alphas") if name in drawn[0]]
+    of_images = {
+        name: torch.cat([draws[name][rows] for draws, rows in zip(drawn, places, strict=True)]) for name in per_image
+    }
+    x = augment(pixels, of_images, recipe)
+    if recipe.dsa and count:
+        lengths = [end - begin for begin, end in parts]
         pieces = [
-            siamese(piece, recipe.dsa[operations[student][first // size + place]], numbers)
-            for student, draws in enumerate(drawn)
-            for place, (piece, numbers) in enumerate(
-                zip(
-                    x[student * count : (student + 1) * count].split(size),
-                    draws["numbers"][first:last].split(size),
-                    strict=True,
-                )
+            siamese(piece, recipe.dsa[chosen[begin // recipe.batch_size]], numbers)
+            for images, draws, rows, chosen in zip(x.split(count), drawn, places, operations, strict=True)
+            for piece, numbers, (begin, end) in zip(
+                images.split(lengths), draws["numbers"][rows].split(lengths), parts, strict=True
             )
+            if end > begin
         ]
         x = torch.cat(pieces)
     partner_labels = None
-    if "partners" in drawn[0]:
-        batch_of = torch.arange(first, last, device=x.device) // size
-        partners = [draws["partners"][first:last] - first for draws in drawn]
-        partner_labels = torch.stack([own[rows] for own, rows in zip(labels, partners, strict=True)])
-        x = mix(
+    if mixes:
+        if shared:
+            x, others = x.chunk(2)
+            labels, partner_labels = labels.chunk(2)
+        else:
+            partners = [draws["partners"][own] - first for draws in drawn]
+            partner_labels = torch.stack([truth[rows] for truth, rows in zip(labels, partners, strict=True)])
+            others = x[torch.cat([rows + place * count for place, rows in enumerate(partners)])]
+        batch_of = own // recipe.batch_size
+        students = drawn[:1] if shared else drawn
+        x = blend(
             x,
-            torch.cat([rows + place * count for place, rows in enumerate(partners)]),
-            torch.cat([draws["mix_boxes"][batch_of] for draws in drawn]),
-            torch.cat([draws["mix_weights"][batch_of] for draws in drawn]),
+            others,
+            torch.cat([draws["mix_boxes"][batch_of] for draws in students]),
+            torch.cat([draws["mix_weights"][batch_of] for draws in students]),
         )
-    return Batch(x.unflatten(0, (len(sets), count)), labels, partner_labels)
+    return Batch(x.unflatten(0, (len(labels), count)), labels, partner_labels)
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -300,11 +362,17 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 class Students:
     """R networks that are trained at once, with their optimiser and, if the recipe wants them, averaged weights."""
 
-    def __init__(self, recipes: Sequence[Recipe], device: torch.device, compiled: bool = False):
+    def __init__(
+        self, recipes: Sequence[Recipe], device: torch.device, compiled: bool = False, team: Team | None = None
+    ):
         self.recipe = recipes[0]
         self.count = len(recipes)
         self.device = device
-        networks = [_fresh(recipe).to(device) for recipe in recipes]
+        self.team = team or Team(device)
+        networks = [_fresh(recipe) for recipe in recipes]
+        if self.team.size > 1:
+            share_statistics(networks[0], self.team)
+        networks = [network.to(device) for network in networks]
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self.network = networks[0].to(memory_format=layout)
         self.layout = layout
@@ -342,7 +410,7 @@ class Students:
             group["lr"] = rate
 
     def step(self, batch: Batch, teacher: Network | None) -> torch.Tensor:
-        """Take one step and return each student's loss (R,), on the device."""
+        """Take one step and return each student's loss (R,), on the device: what this process's images add to it."""
         images = batch.images
         if self.count == 1:
             images = images[0].contiguous(memory_format=self.layout)[None]
@@ -359,6 +427,7 @@ class Students:
         for value in self.state.values():
             value.grad = None
         losses.sum().backward()
+        self.team.add_up([value.grad for value in self.state.values() if value.grad is not None])
         self.optimizer.step()
         self.steps += 1
         if self.average is not None and self.recipe.ema is not None:
@@ -376,10 +445,10 @@ class Students:
             assert teacher is not None
             with torch.no_grad(), self.autocast():
                 wanted = teacher(images.flatten(0, 1)).float().view_as(logits)
-        return soft_loss(logits, wanted, self.recipe.temperature)
+        return batch.mean(divergences(logits, wanted, self.recipe.temperature))
 
     def test(self, images: torch.Tensor, labels: torch.Tensor) -> _Counts:
-        """Classify the test set, with the averaged weights if there are any."""
+        """Classify the test set, of which this process has a part, with the averaged weights if there are any."""
         counts = _Counts(self.recipe, self.count, self.device)
         state = self.average if self.average is not None else self.state
         size = max(1, TESTED_PIXELS[self.device.type] // (self.recipe.resolution**2 * self.count))
@@ -389,6 +458,7 @@ class Students:
                 x = normalise(to_float(batch)).contiguous(memory_format=self.layout)
                 counts.add(self.forward(state, x.expand(self.count, *x.shape)), truth)
         self.network.train()
+        self.team.add_up([counts.pairs, counts.hits, counts.hits5, counts.images])
         return counts
 
     def tested(self) -> nn.Module:
@@ -439,11 +509,11 @@ def _fresh(recipe: Recipe) -> nn.Module:
     return build(recipe.architecture, classes=recipe.classes, resolution=recipe.resolution, width=recipe.width)
 
 
-def _seed_layers(recipes: Sequence[Recipe], epoch: int, device: torch.device) -> None:
+def _seed_layers(recipes: Sequence[Recipe], epoch: int, team: Team) -> None:
     """Seed what layers such as dropout draw from in an epoch; they take no generator of their own."""
-    seed = epoch_generator(recipes[0].seed, epoch).initial_seed()
+    seed = epoch_generator(recipes[0].seed, epoch).initial_seed() + team.rank  # of images of its own
     torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
+    if team.device.type == "cuda":
         torch.cuda.manual_seed(seed)
 
 
@@ -464,21 +534,21 @@ def _optimizer(
 
 def hard_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Return each student's mean cross-entropy (R,) with its images' labels, and their partners' by share."""
-    own = _cross_entropy(logits, batch.labels)
+    own = batch.mean(_cross_entropy(logits, batch.labels))
     if batch.partner_labels is None or batch.own_share is None:
         return own
-    return batch.own_share * own + (1 - batch.own_share) * _cross_entropy(logits, batch.partner_labels)
+    others = batch.mean(_cross_entropy(logits, batch.partner_labels))
+    return batch.own_share * own + (1 - batch.own_share) * others
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels).mean(1)
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
 
 
-def soft_loss(logits: torch.Tensor, wanted: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return each student's Kullback-Leibler divergence from the teacher's logits (R,): mean over images, not times T^2."""
+def divergences(logits: torch.Tensor, wanted: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return each image's Kullback-Leibler divergence from the teacher's logits (R, B), not times T^2."""
     target = (wanted / temperature).softmax(-1)
-    divergence = F.kl_div((logits / temperature).log_softmax(-1), target, reduction="none")
-    return divergence.sum(-1).mean(-1)
+    return F.kl_div((logits / temperature).log_softmax(-1), target, reduction="none").sum(-1)
 
 
 # ---------------------------------------------------------------- scores
@@ -555,12 +625,15 @@ def _check(
     test: Labelled,
     teacher: Network | None,
     soft: Soft | None,
+    team: Team,
 ) -> None:
     recipe = recipes[0]
     if len(recipes) != len(train) or any(replace(other, seed=recipe.seed) != recipe for other in recipes):
         raise ValueError("students that are trained at once need one set each and recipes that differ in seed alone")
     if len(recipes) > 1 and not can_stack(recipe):
         raise ValueError(f"{recipe.architecture} has batch statistics or dropout, so that one is trained at a time")
+    if len(recipes) > 1 and team.size > 1:
+        raise ValueError("several processes train one student at a time")
     if len({len(labels) for _, labels in train}) > 1:
         raise ValueError("students that are trained at once need sets of one size")
     if recipe.target == "teacher" and teacher is None:

@@ -344,6 +344,7 @@ def _partitions(profile: Path, settings: Mapping[str, Any], recipes: Recipes | N
                 f"asks for a GPU{f' {model}' if model else ''} in partition {name}, which has {offered}",
                 f"set slurm_partition and gpu_model of {rule} in {profile}",
             )
+        yield from _per_node(rule, model, name, partition, recipes)
         yield from _minutes(profile, rule, wanted, partition, recipes)
     if unknown := sorted(name for name in used if name and name not in there):
         yield Check(
@@ -354,6 +355,24 @@ def _partitions(profile: Path, settings: Mapping[str, Any], recipes: Recipes | N
         )
 
 
+def _per_node(
+    rule: str, model: str | None, name: str, partition: _Partition, recipes: Recipes | None
+) -> Iterator[Check]:
+    """Compare the GPUs that share the batches of one of the run's jobs of a rule with those of a node."""
+    try:
+        most = max((job.gpus for job in recipes.jobs() if job.stage == rule), default=1) if recipes is not None else 1
+    except StillhouseError:
+        return
+    there = partition.gpus.get(model, 0) if model else max(partition.gpus.values(), default=0)
+    if there < most > 1:
+        yield Check(
+            f"profile {rule} gpus",
+            "fail",
+            f"a job shares its batches among {most} GPUs of one node, partition {name} has {there}",
+            f"set gpus in {'backbone.finetune' if rule == 'fit_backbone' else 'evaluation.architectures'} to {there or 1}",
+        )
+
+
 def _minutes(
     profile: Path, rule: str, wanted: Mapping[str, Any], partition: _Partition, recipes: Recipes | None
 ) -> Iterator[Check]:
@@ -361,7 +380,7 @@ def _minutes(
     if recipes is None or partition.seconds is None:
         return
     try:
-        items = max((job.items for job in recipes.jobs() if job.stage == rule), default=0)
+        items = max((job.items / job.gpus for job in recipes.jobs() if job.stage == rule), default=0)
         asked = int(wanted.get("minutes_fixed", 0)) + int(wanted.get("seconds_per_item", 0)) * items / 60
     except (StillhouseError, ValueError):
         return

@@ -50,7 +50,7 @@ class Unit:
 
 @dataclass(eq=False)
 class Worker:
-    """One process of one job, as its events tell it.
+    """One process of one job, or the first of those that share the job's work, as its events tell it.
 
     Attributes:
         started, last: time of its first and of its last event.
@@ -67,6 +67,7 @@ class Worker:
     pid: int = 0
     job: str | None = None
     gpu: bool = False
+    processes: int = 1
     deadline: float | None = None
     started: float = 0.0
     last: float = 0.0
@@ -207,7 +208,7 @@ def _take(worker: Worker, event: Mapping[str, Any]) -> None:
     worker.last = event["time"]
     worker.started = worker.started or event["time"]
     if event["event"] == "start":
-        for key in ("digest", "run", "host", "pid", "job", "gpu", "deadline"):
+        for key in ("digest", "run", "host", "pid", "job", "gpu", "processes", "deadline"):
             if key in event:
                 setattr(worker, key, event[key])
     elif event["event"] == "done":
@@ -266,7 +267,8 @@ class Progress:
         work_left = sum(stage.work_left or 0.0 for stage in stages)
         hours = {True: 0.0, False: 0.0}
         for worker in workers:
-            hours[worker.gpu] += ((now if worker in at_work else worker.last) - worker.started) / 3600
+            seconds = (now if worker in at_work else worker.last) - worker.started
+            hours[worker.gpu] += worker.processes * seconds / 3600
         page = publish(self._config, self._recipes.job("report", "report"))
         return Snapshot(
             run=self._config.run,

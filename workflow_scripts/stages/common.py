@@ -123,7 +123,8 @@ def stage_main(stage: str, doc: str | None, work: Callable[[Recipes, str], Mappi
             raise StillhouseError(f"this run has no such job; it has {', '.join(known[:10]) or 'none of this stage'}")
         job = recipes.job(stage, arguments.shard)
         _expect(job, config.results, arguments.manifest)
-        with _told(Events(config.results, stage, arguments.shard, job.digest[:PREFIX]), job, config):
+        events = Events(config.results, stage, arguments.shard, job.digest[:PREFIX])
+        with _told(events, job, config) if process_rank() == 0 else contextlib.nullcontext():
             content = work(recipes, arguments.shard)
             if arguments.classes:
                 return
@@ -138,7 +139,7 @@ def stage_main(stage: str, doc: str | None, work: Callable[[Recipes, str], Mappi
 
 @contextlib.contextmanager
 def _told(events: Events, job: Job, config: RunConfig) -> Iterator[None]:
-    """Tell the events of a job's begin and end."""
+    """Tell the events of a job's begin and end, of all its processes."""
     left = NOTICE.seconds_left()
     events.tell(
         "start",
@@ -148,6 +149,7 @@ def _told(events: Events, job: Job, config: RunConfig) -> Iterator[None]:
         pid=os.getpid(),
         job=slurm_job(),
         gpu=job.stage in GPU_STAGES and config.compute.device != "cpu" and sees_gpu(),
+        processes=int(os.environ.get("WORLD_SIZE", 1)),
         deadline=None if left is None else round(time.time() + left),
     )
     try:

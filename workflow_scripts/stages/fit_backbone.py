@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.diffusion.finetune import Team, finetune, team
+from workflow_scripts.diffusion.finetune import finetune
 from workflow_scripts.diffusion.fit import fit_backbone
 from workflow_scripts.errors import ConfigError
 from workflow_scripts.recipes import Recipes
@@ -21,6 +21,7 @@ from workflow_scripts.stages.common import stage_main
 from workflow_scripts.stages.inputs import CachedLatents, training_images
 from workflow_scripts.stages.worker import pick_device, quiet_libraries
 from workflow_scripts.store.files import TEMPORARY, explain_full_disk
+from workflow_scripts.team import Team, team
 
 
 def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
@@ -41,7 +42,7 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
     with explain_full_disk(final), team(pick_device(config.compute.device)) as processes:
         make = _fit if config.backbone.finetune is None else _finetune
         facts = make(recipes, processes, checkpoints, temporary)
-        if processes.rank == 0:
+        if processes.leads:
             temporary.rename(final)
             shutil.rmtree(checkpoints)
     return {**place, "seconds": time.monotonic() - began, **facts}
@@ -60,7 +61,7 @@ def _fit(recipes: Recipes, processes: Team, checkpoints: Path, into: Path) -> di
 def _finetune(recipes: Recipes, processes: Team, checkpoints: Path, into: Path) -> dict[str, Any]:
     config, pretrained = recipes.config, recipes.pretrained
     assert config.backbone.finetune is not None
-    latents = CachedLatents(recipes, verify=processes.rank == 0)
+    latents = CachedLatents(recipes, verify=processes.leads)
     known = [pretrained.labels.get(name) for name in recipes.classes]
     finetune(
         pretrained.path,

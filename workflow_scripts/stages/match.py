@@ -43,7 +43,7 @@ from workflow_scripts.methods.matching import (
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.common import stage_main
 from workflow_scripts.stages.inputs import real_images, scaled_latents
-from workflow_scripts.stages.notice import NOTICE, Unfinished
+from workflow_scripts.stages.notice import NOTICE
 from workflow_scripts.stages.worker import Computed, pick_device, progress, quiet_libraries, run_shard
 from workflow_scripts.store.files import write_atomically
 from workflow_scripts.store.results import Result
@@ -123,10 +123,7 @@ def learn(recipes: Recipes, shard: str, missing: list[Result], device: torch.dev
         if stopping or state.iteration % method.checkpoint_every == 0 or state.iteration == method.iterations:
             keep(file, state, results)
         if stopping:
-            raise Unfinished(
-                f"stopped in good order at iteration {state.iteration} of {method.iterations}, because {NOTICE.reason()}. "
-                "The same command goes on there."
-            )
+            raise NOTICE.stopped(f"at iteration {state.iteration} of {method.iterations}")
         before = time.monotonic()
     seconds = (time.monotonic() - began) / len(missing)
 

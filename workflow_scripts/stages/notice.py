@@ -52,6 +52,10 @@ class Notice:
         """Say why work stops."""
         return "it was told to by SIGTERM" if self.told else "its time is nearly up"
 
+    def stopped(self, where: str) -> Unfinished:
+        """Return the error with which work ends that goes on where it stopped."""
+        return Unfinished(f"stopped in good order {where}, because {self.reason()}. The same command goes on there.")
+
     @contextlib.contextmanager
     def heard(self) -> Iterator[Notice]:
         """Take SIGTERM as a notice, and further ones too: SLURM's step and srun both send one. Only in the main thread."""

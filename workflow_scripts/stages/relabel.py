@@ -15,11 +15,16 @@ from workflow_scripts.evaluation.training import batches
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.classifiers import load_set, read_teacher, teacher_top1, train_side
 from workflow_scripts.stages.common import stage_main
+from workflow_scripts.stages.notice import NOTICE
 from workflow_scripts.stages.worker import environment, pick_device, progress
 
 
 def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
-    """Store one set's soft labels; epochs that are there already are kept."""
+    """Store one set's soft labels; epochs that are there already are kept.
+
+    Raises:
+        Unfinished: if this process had to stop before the last epoch.
+    """
     labels = recipes.labels[shard]
     stored = SoftLabels(recipes.labels_path(labels))
     if not stored.whole:
@@ -31,12 +36,18 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
         images, truth = (tensor.to(device) for tensor in load_set(recipes, labels.set, side))
         half = recipe.dtype == "bfloat16"
         missing = [epoch for epoch in range(recipe.epochs) if not stored.has(epoch)]
-        began = time.monotonic()
-        for epoch in progress(missing, len(missing), f"relabel {shard}", "epoch"):
-            draws = draw_epoch(recipe, len(images), images.shape[-1], epoch_generator(recipe.seed, epoch))
-            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
-                logits = [teacher(batch.images[0]) for batch in batches([recipe], [(images, truth)], epoch)]
-            stored.write(epoch, recipe.epochs, draws, torch.cat(logits).float())
+        began = before = time.monotonic()
+        longest = 0.0
+        with NOTICE.heard():
+            for epoch in progress(missing, len(missing), f"relabel {shard}", "epoch"):
+                draws = draw_epoch(recipe, len(images), images.shape[-1], epoch_generator(recipe.seed, epoch))
+                with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+                    logits = [teacher(batch.images[0]) for batch in batches([recipe], [(images, truth)], epoch)]
+                stored.write(epoch, recipe.epochs, draws, torch.cat(logits).float())
+                now = time.monotonic()
+                longest, before = max(longest, now - before), now
+                if epoch != missing[-1] and NOTICE.due(longest):
+                    raise NOTICE.stopped(f"after epoch {epoch + 1} of {recipe.epochs}")
         stored.finish(
             {
                 "digest": recipes.labels_digest(labels),

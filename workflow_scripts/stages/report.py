@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from workflow_scripts.config import Architecture, CoresetMethod, DiffusionMethod, Evaluation, ProtocolSettings
+from workflow_scripts.config import CoresetMethod, DiffusionMethod, Evaluation, ProtocolSettings, Student
 from workflow_scripts.data.imagenet import class_title, subset_classes, subset_names
 from workflow_scripts.evaluation.architectures import display_name
 from workflow_scripts.methods.registry import ClassInputs, prototypes_of
@@ -164,12 +164,12 @@ def _architectures(recipes: Recipes) -> dict[str, str]:
     return shown
 
 
-def _resolution(recipes: Recipes, protocol: str, student: Architecture) -> int:
+def _resolution(recipes: Recipes, protocol: str, student: Student) -> int:
     resolution: int = recipes.protocol_values(protocol, student.name, recipes.config.ipc[0])["resolution"]
     return resolution
 
 
-def _unseen(recipes: Recipes, protocol: str) -> list[Architecture]:
+def _unseen(recipes: Recipes, protocol: str) -> list[Student]:
     names = recipes.config.evaluation.preset(protocol).unseen
     return [student for student in recipes.architectures(protocol) if student.name in names]
 
@@ -286,7 +286,7 @@ def _confusions(recipes: Recipes, trainings: list[Training], scores: list[ScoreR
     return tuple(found)
 
 
-def _key(recipes: Recipes, protocol: str, student: Architecture) -> str:
+def _key(recipes: Recipes, protocol: str, student: Student) -> str:
     """Return a student's key, which names the resolution if the run's protocols have it at several."""
     key = student.name if student.width is None else f"{student.name}-w{student.width}"
     sizes = {
@@ -311,7 +311,8 @@ def _score(recipes: Recipes, training: Training, record: Mapping[str, Any]) -> S
         curve=tuple((int(epoch), float(top1)) for epoch, top1 in record["curve"]),
         per_class=tuple(record.get("class_top1") or ()),
         teacher_top1=record.get("teacher_top1"),
-        **{key: record[key] for key in ("top1_best", "top1_last", "top5_last", "epochs", "images_seen", "seconds")},
+        seconds=record["seconds"] * record.get("processes", 1),
+        **{key: record[key] for key in ("top1_best", "top1_last", "top5_last", "epochs", "images_seen")},
     )
 
 

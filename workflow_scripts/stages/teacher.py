@@ -17,10 +17,11 @@ from workflow_scripts.data.sources import BadImage
 from workflow_scripts.errors import DataError
 from workflow_scripts.evaluation.protocols import Recipe
 from workflow_scripts.evaluation.teacher import check_teacher
-from workflow_scripts.evaluation.training import train_student
+from workflow_scripts.evaluation.training import Stopped, train_student
 from workflow_scripts.recipes import Recipes
 from workflow_scripts.stages.classifiers import Labelled, load_real, read_teacher
 from workflow_scripts.stages.common import stage_main
+from workflow_scripts.stages.notice import NOTICE
 from workflow_scripts.stages.worker import environment, pick_device
 from workflow_scripts.store.digests import digest
 from workflow_scripts.store.files import TEMPORARY, explain_full_disk, write_atomically
@@ -59,7 +60,11 @@ def work(recipes: Recipes, shard: str) -> Mapping[str, Any]:
 
 
 def fit_teacher(recipes: Recipes, protocol: str, test: Labelled, device: torch.device) -> None:
-    """Train a teacher on the real training images; an interrupted training goes on from its last checkpoint."""
+    """Train a teacher on the real training images; an interrupted training goes on from its last checkpoint.
+
+    Raises:
+        Unfinished: if this process had to stop before it was trained.
+    """
     teacher, example = recipes.teacher(protocol), recipes.teacher_check(protocol)
     fit = teacher.fit
     assert fit is not None
@@ -86,7 +91,7 @@ def fit_teacher(recipes: Recipes, protocol: str, test: Labelled, device: torch.d
         save_file({name: value.cpu().contiguous() for name, value in network.state_dict().items()}, temporary)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with explain_full_disk(path):
+    with explain_full_disk(path), NOTICE.heard():
         try:
             train_student(
                 recipe,
@@ -95,8 +100,11 @@ def fit_teacher(recipes: Recipes, protocol: str, test: Labelled, device: torch.d
                 device=device,
                 compiled=recipes.config.compute.compile and device.type == "cuda",
                 checkpoint=checkpoint,
+                stop=NOTICE.due,
                 keep=keep,
             )
+        except Stopped as stopped:
+            raise NOTICE.stopped(f"{stopped} of the teacher of {protocol}") from None
         except ValueError as error:
             raise DataError(f"teacher of {protocol}: {error} (evaluation: teacher.fit)") from error
         temporary.replace(path)

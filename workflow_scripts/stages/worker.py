@@ -109,6 +109,8 @@ class Loop(Generic[T]):
         exists: whether a result is there.
         commit: stores what the computation yields, a tuple that begins with the result; the seconds it took come second.
         together: see :func:`run_shard`.
+        brittle: this process cannot go on after a failure, because others wait in vain for its part of the work. It is told
+            and counted, and new processes go on.
     """
 
     def __init__(
@@ -122,10 +124,11 @@ class Loop(Generic[T]):
         commit: Callable[[Any, float], None],
         *,
         together: bool = False,
+        brittle: bool = False,
     ):
         self._title = f"{stage} {shard}"
         self._place, self._name, self._exists, self._commit = place, name, exists, commit
-        self._together = together
+        self._together, self._brittle = together, brittle
         self._limit = recipes.config.compute.attempts
         self._attempts = Attempts(recipes.store.root / "attempts")
         self._claims = Claims(recipes.store.root / "claims", told=lambda: NOTICE.told)
@@ -288,6 +291,10 @@ class Loop(Generic[T]):
         self._suspects.extend(group for group in (again[:half], again[half:]) if group)
         if _process_is_spoilt(error):
             raise Unfinished(f"the GPU does no more work for this process ({error}); a new one goes on") from error
+        if self._brittle:
+            if mendable is not None:
+                raise mendable
+            raise Unfinished(f"this process failed, and the others need it ({error}); new ones go on") from error
 
     def _give_up_if_hopeless(self, place: str, error: Exception) -> None:
         if self._done == 0 and place not in self._before_success:

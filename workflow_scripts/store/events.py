@@ -4,7 +4,7 @@
 (seconds since 1970), ``event``, ``stage`` and ``shard``, and further:
 
 - ``start``: ``run``, ``digest`` of the job, ``host``, ``pid``, ``job`` (SLURM's number, or null), ``gpu`` (whether it has
-  one), ``deadline`` (or null)
+  one), ``processes`` (that share the work, each with a GPU; this one speaks for all), ``deadline`` (or null)
 - ``missing``: how many results are ``missing`` of the ``total``
 - ``done``: ``name`` (class or training), ``place`` below the store, ``seconds``
 - ``failed``: ``name``, ``place``, ``error``; ``counted`` if nothing else was in hand

@@ -711,7 +711,8 @@ class Student(Architecture):
     """A classifier that is trained on the distilled set, and on how many GPUs at once."""
 
     gpus: PositiveInt = Field(
-        1, description="share each batch among so many of a node; changes results by rounding only, in no digest"
+        1,
+        description="share each batch among so many of a node; in no digest: changes results by rounding, and dropout",
     )
 
 

@@ -98,6 +98,32 @@ def test_the_lock_of_a_killed_controller_is_removed_and_that_of_a_living_one_is_
     assert len(calls(folder)) == 4, "SLURM has started this job again"
 
 
+def test_whoever_comes_after_a_killed_snakemake_removes_its_lock(folder: Path) -> None:
+    record = folder / "controller.json"
+    (folder / "hold").touch()
+    running = subprocess.Popen(
+        [sys.executable, "-c", f"from {controller.__name__} import *; Controller([], Path({str(record)!r}))()"],
+        stderr=subprocess.PIPE,
+    )
+    support.wait_until(lambda: len(calls(folder)) == 1)
+    pid = int((folder / "calls").read_text().split()[0])
+    os.kill(pid, signal.SIGTERM)  # a preemption signals every process of the job, and kills them some time later
+    with pytest.raises(subprocess.TimeoutExpired):
+        running.wait(0.5)
+    os.kill(pid, signal.SIGKILL)
+    assert "exit status -9" in running.communicate()[1].decode()
+    assert record.exists()
+
+    (folder / "hold").unlink()
+    (folder / "status").write_text("1")
+    with pytest.raises(StillhouseError, match="could not be removed"):
+        Controller([], record)()
+    assert record.exists() and calls(folder)[1:] == ["--unlock []"]
+    (folder / "status").unlink()
+    Controller([], record)()
+    assert calls(folder)[2:] == ["--unlock []", "[]"]
+
+
 def test_an_interrupted_controller_starts_again(folder: Path) -> None:
     """submitit's signal kills Snakemake, which does not hear it itself; the job starts anew and takes over."""
     (folder / "hold").touch()

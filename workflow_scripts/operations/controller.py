@@ -24,8 +24,8 @@ from workflow_scripts.store.files import write_atomically
 class Interruptible:
     """A callable that runs commands, and that submitit starts again after a time limit or a preemption.
 
-    submitit's signal reaches every process of a SLURM step, but ends only a command that does not ignore it: so commands are
-    started ignoring it, and ended by :meth:`checkpoint`.
+    submitit's signal and a preemption's reach every process of a SLURM step, but end only a command that does not ignore them:
+    so commands are started ignoring them, and ended by :meth:`checkpoint`, or by SLURM with this process.
     """
 
     _child: subprocess.Popen[bytes] | None = None
@@ -43,7 +43,7 @@ class Interruptible:
 
     def run(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
         """Run a command; return its exit status."""
-        child = self._child = subprocess.Popen(command, env=environment, preexec_fn=_ignore_notice)
+        child = self._child = subprocess.Popen(command, env=environment, preexec_fn=_ignore_notices)
         try:
             while (status := child.poll()) is None:  # wait() would hold a lock that checkpoint needs
                 time.sleep(0.1)
@@ -55,8 +55,9 @@ class Interruptible:
             self._child = None
 
 
-def _ignore_notice() -> None:
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+def _ignore_notices() -> None:
+    for notice in (signal.SIGUSR2, signal.SIGTERM):  # which Snakemake hears once it runs jobs
+        signal.signal(notice, signal.SIG_IGN)
 
 
 class Controller(Interruptible):
@@ -75,14 +76,16 @@ class Controller(Interruptible):
         """Run Snakemake, after removing the lock that a controller of this run left behind when it was killed.
 
         Raises:
-            StillhouseError: if another controller of the run lives, or Snakemake ends with an error.
+            StillhouseError: if another controller of the run lives, the lock stays, or Snakemake ends with an error.
         """
         snakemake = [sys.executable, "-m", "snakemake", *self.arguments]
         if self._take_over():
+            if self.run([*snakemake, "--unlock"], _environment()):
+                raise StillhouseError("the last controller of this run was killed, and its lock could not be removed")
             print("stillhouse: the last controller of this run was killed; its lock is removed", flush=True)
-            self.run([*snakemake, "--unlock"], _environment())
         status = self.run(snakemake, _environment())
-        self.record.unlink(missing_ok=True)
+        if status >= 0:  # killed by a signal, it left its lock to the next controller
+            self.record.unlink(missing_ok=True)
         if status:
             raise StillhouseError(f"snakemake ended with exit status {status}; what it said is above")
 

@@ -208,7 +208,7 @@ def stored_array(results: Path, place: str, name: str) -> np.ndarray:
     import zarr
     from zarr.storage import ZipStore
 
-    with ZipStore(results / "store" / place / "arrays.zip", mode="r") as packed:
+    with ZipStore(results / "store" / place / "arrays.zip", read_only=True) as packed:
         return np.asarray(zarr.open_array(packed, path=name, mode="r")[...])
 
 

@@ -3,21 +3,25 @@
 Where the cluster cannot be started the tests are skipped, or fail if STILLHOUSE_SLURM=required.
 """
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import support
-from lab import Lab
+from lab import Lab, LabUnavailable, leave_namespace
 from places import CLASSES, Place, configuration, prepare, run_config, started
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test here, and let the longest go first."""
-    items.sort(key=lambda item: Path(__file__).parent not in item.path.parents)
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.slurm)
+    """Mark every test here, and let them go first, because they take longest."""
+    here = [item for item in items if Path(__file__).parent in item.path.parents]
+    for item in here:
+        item.add_marker(pytest.mark.slurm)
+    items.sort(key=lambda item: item not in here)
+    if here:
+        with contextlib.suppress(LabUnavailable):
+            leave_namespace()  # now, because a thread that runs already, such as Zarr's, would stay behind
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,11 @@ from workflow_scripts.evaluation.statistics import bootstrap_interval
 from workflow_scripts.report.data import MethodInfo, ReportData
 from workflow_scripts.report.tables import (
     AVERAGE,
+    Scores,
     boards,
     comparison_csv_rows,
     csv_rows,
+    interval_of,
     latex,
     latex_escape,
     leaderboard_csv_rows,
@@ -70,6 +72,15 @@ def test_seeds_that_gave_one_set_are_one_set(minimal: Callable[..., ReportData])
     assert dict(warnings([board])).keys() == {herding.levels.warning, random.levels.warning}
     assert "one distilled set" in herding.levels.warning
     assert board.differences["herding", "random", "last"].comparison.seeds == 3, "pairs stay by seed"
+
+
+def test_an_interval_ends_where_accuracies_do() -> None:
+    near_the_end = {0: [97.0], 1: [98.5], 2: [99.9]}
+    for scores in (near_the_end, {seed: [100 - score for score in group] for seed, group in near_the_end.items()}):
+        low, high = interval_of(Scores(scores, {seed: seed for seed in scores})) or (None, None)
+        plain = bootstrap_interval(scores, np.random.default_rng(0)) or (0, 0)
+        assert plain[0] < 0 or plain[1] > 100, "stretched for three sets, it would go beyond"
+        assert (low, high) == (max(plain[0], 0.0), min(plain[1], 100.0))
 
 
 def test_average_pairs_architectures_within_a_set(demo: ReportData) -> None:

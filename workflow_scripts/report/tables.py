@@ -351,8 +351,12 @@ def _board(data: ReportData, protocol: str, ipc: int) -> Board:
 
 
 def interval_of(scores: Scores) -> Interval | None:
-    """The 95 % interval of a method's mean by the hierarchical bootstrap; seeds of one set are one set."""
-    return bootstrap_interval(merge_equal_sets(scores.by_seed, scores.sets), np.random.default_rng(0))
+    """The 95 % interval of a method's mean by the hierarchical bootstrap; seeds of one set are one set.
+
+    Its stretch for few sets may take an end beyond what an accuracy can be, where it is cut off.
+    """
+    found = bootstrap_interval(merge_equal_sets(scores.by_seed, scores.sets), np.random.default_rng(0))
+    return None if found is None else (max(found[0], 0.0), min(found[1], 100.0))
 
 
 def paired(first: Scores, second: Scores) -> Comparison | None:

@@ -43,7 +43,7 @@ class Controller:
     process: subprocess.Popen[bytes]
     out: Path
 
-    def wait(self, seconds: float = 400) -> int:
+    def wait(self, seconds: float = 900) -> int:
         """Wait for its end; return its exit status."""
         return self.process.wait(seconds)
 
@@ -147,7 +147,7 @@ class Place:
         """Where workers began with a class."""
         return sorted((self.folder / "lab" / "began").glob(f"{name}.*"))
 
-    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 600) -> None:
         """Wait, but not longer than the controllers live.
 
         Raises:

@@ -73,12 +73,12 @@ def test_a_controller_that_is_preempted_goes_on(place: Place) -> None:
     assert [job["number"] for job in status["jobs"]] == [number]
 
     subprocess.run(["scancel", "--signal=USR2", number], check=True)
-    place.lab.wait(lambda: bool(named(place, "stillhouse-tiny", "PENDING")), f"it is requeued: {seen()}", 120)
+    place.lab.wait(lambda: bool(named(place, "stillhouse-tiny", "PENDING")), f"it is requeued: {seen()}", 240)
     assert (place.folder / ".snakemake" / "locks").exists(), "killed, it left its lock behind"
     place.lab.wait(lambda: "its lock is removed" in seen(), "it has started again", 240)
 
     urgent = place.lab.sbatch("-p", "urgent", "-N2", "--exclusive", "-t", "60", wrap="sleep 600")
-    place.lab.wait(lambda: urgent in [job["id"] for job in place.lab.jobs("RUNNING")], "the urgent job runs", 120)
+    place.lab.wait(lambda: urgent in [job["id"] for job in place.lab.jobs("RUNNING")], "the urgent job runs", 240)
     assert not named(place, "stillhouse-tiny", "RUNNING")
     subprocess.run(["scancel", urgent], check=True)
 

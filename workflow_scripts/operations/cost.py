@@ -28,7 +28,7 @@ from workflow_scripts.operations.speeds import (
     read_benches,
 )
 from workflow_scripts.operations.survey import Item, StageSurvey
-from workflow_scripts.recipes import Labels, Recipes, SampleSet, Training
+from workflow_scripts.recipes import GPU_STAGES, Labels, Recipes, SampleSet, Training
 from workflow_scripts.store.results import Result
 
 Work = tuple[Task, float]
@@ -50,18 +50,7 @@ LABEL_BYTES = 25
 """What is stored of a view besides its logits: order, crop, flip and partner."""
 PNG_SHARE = 0.65
 """Size of a natural image as PNG, of its pixels."""
-ON_DEVICE = (
-    "fit_backbone",
-    "encode",
-    "features",
-    "invert",
-    "experts",
-    "sample",
-    "match",
-    "teacher",
-    "relabel",
-    "evaluate",
-)
+ESTIMATED = tuple(stage for stage in GPU_STAGES if stage != "measure")  # for which there are speeds
 
 
 @dataclass
@@ -175,7 +164,7 @@ class Ledger:
     def bill(self, stage: str, items: list[Item]) -> Bill:
         """Return what items of a stage cost."""
         total = Bill(bytes=_sum(0.0, *(self._bytes(stage, item) for item in items)))
-        if stage not in ON_DEVICE:
+        if stage not in ESTIMATED:
             return total
         work: defaultdict[Task, float] = defaultdict(float)
         for job, of_job in groupby(sorted(items, key=lambda item: item.job), lambda item: item.job):

@@ -33,10 +33,10 @@ def test_preemption(place: Place) -> None:
 
 
 def test_a_time_limit(place: Place) -> None:
-    """A minute is not enough for six classes of six seconds: the worker stops before, and its next attempt has two."""
-    place.seconds(6)
+    """Two minutes, half of one kept in reserve, are not enough for six classes of 13 seconds; the next attempt has three."""
+    place.seconds(13)
     # An option on the command line replaces all that the profile says of it.
-    place.start("--until", "encode", "--set-resources", "encode:runtime=attempt", "encode:slurm_partition=gpu")
+    place.start("--until", "encode", "--set-resources", "encode:runtime=attempt + 1", "encode:slurm_partition=gpu")
     resumes(place)
     stops = place.events("stop")
     assert stops[-1]["status"] == 0
@@ -66,7 +66,8 @@ def test_a_node_that_fails(place: Place) -> None:
     try:
         place.release()
         resumes(place)
-        assert len({event["job"] for event in place.events("start")}) == 1, "SLURM moved the job to the other node"
+        jobs = {event["job"] for event in place.events("start")}
+        assert len(jobs) <= 2, "SLURM moved the job; if Snakemake saw its failure before that, it sent another"
         assert {path.read_text().split()[0] for path in place.began("fox")} == set(NODES) - {node}
     finally:
         place.lab.start_node(node)

@@ -135,12 +135,14 @@ def test_all_classes_are_read_with_their_labels(source: ImageFolder) -> None:
     told: list[BadImage] = []
     entries = {name: source.entries(name, "train") for name in ("bee", "ant")}
     pixels, labels = load_labelled(source, entries, resolution=16, crop="resize", workers=2, on_bad=told.append)
-    assert (pixels.shape, pixels.dtype, labels.dtype) == ((19, 3, 16, 16), np.uint8, np.int64)
+    assert (pixels.shape, pixels.dtype, labels.dtype) == ((19, 16, 16, 3), np.uint8, np.int64)
     assert [bad.path for bad in told] == [spoilt]
     assert labels.tolist() == [0] * 10 + [1] * 9
-    whole = square(source.load(entries["bee"][3], "bee"), 16, "resize").transpose(2, 0, 1)
+    whole = square(source.load(entries["bee"][3], "bee"), 16, "resize")
     np.testing.assert_array_equal(pixels[3], whole)
-    centres, _ = load_labelled(source, entries, resolution=16, crop="resize", workers=2, inner=11, on_bad=told.append)
-    np.testing.assert_array_equal(centres[3], whole[:, 2:13, 2:13])
+    inner = {"inner": 11, "channels_first": True, "on_bad": told.append}
+    centres, _ = load_labelled(source, entries, resolution=16, crop="resize", workers=2, **inner)
+    np.testing.assert_array_equal(centres[3], whole.transpose(2, 0, 1)[:, 2:13, 2:13])
+    assert pixels.flags.c_contiguous and centres.flags.c_contiguous
     with pytest.raises(BadImage, match="class ant"):
         load_labelled(source, entries, resolution=16, crop="resize", workers=2)

@@ -85,6 +85,7 @@ def load_labelled(
     workers: int,
     resample: Resample = "bicubic",
     inner: int | None = None,
+    channels_first: bool = False,
     on_bad: Callable[[BadImage], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read all images of some classes into memory.
@@ -92,14 +93,16 @@ def load_labelled(
     Args:
         entries: the images of each class, in label order.
         inner: side of the centre that is kept of each square; default: all of it.
+        channels_first: how pixels are laid out.
         on_bad: as for :func:`load_squares`.
 
     Returns:
-        pixels uint8 (n, 3, inner, inner) and labels int64 (n,).
+        pixels uint8 (n, inner, inner, 3), or (n, 3, inner, inner) with channels first, and labels int64 (n,).
     """
     count, side = sum(map(len, entries.values())), resolution if inner is None else inner
     border = (resolution - side) // 2
-    images = np.empty((count, 3, side, side), np.uint8)  # filled in place: ImageNet's do not fit in memory twice
+    shape = (3, side, side) if channels_first else (side, side, 3)
+    images = np.empty((count, *shape), np.uint8)  # filled in place: ImageNet's do not fit in memory twice
     labels = np.empty(count, np.int64)
     filled = 0
     for label, (name, listed) in enumerate(entries.items()):
@@ -115,7 +118,7 @@ def load_labelled(
             on_bad=on_bad,
         ):
             centre = pixels[:, border : border + side, border : border + side]
-            images[filled : filled + len(pixels)] = centre.transpose(0, 3, 1, 2)
+            images[filled : filled + len(pixels)] = centre.transpose(0, 3, 1, 2) if channels_first else centre
             labels[filled : filled + len(pixels)] = label
             filled += len(pixels)
     return images[:filled], labels[:filled]

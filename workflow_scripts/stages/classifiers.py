@@ -127,6 +127,7 @@ def _read(
         resample=recipes.config.evaluation.resample,
         workers=recipes.config.compute.workers,
         inner=resolution,
+        channels_first=True,
         on_bad=on_bad,
     )
     return torch.from_numpy(pixels), torch.from_numpy(labels)

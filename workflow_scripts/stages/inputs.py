@@ -120,4 +120,4 @@ def training_images(recipes: Recipes) -> tuple[np.ndarray, np.ndarray, list[BadI
         workers=config.compute.workers,
         on_bad=skipped.append if config.dataset.on_bad_image == "skip" else None,
     )
-    return pixels.transpose(0, 2, 3, 1), labels, skipped
+    return pixels, labels, skipped

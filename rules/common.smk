@@ -101,10 +101,15 @@ def get_cpus(stage):
     return lambda wildcards, threads: threads * gpus if (gpus := get_gpus(stage)(wildcards)) > 1 else None
 
 
+def from_profile(stage, name, default, fallback=()):
+    """A number that a profile sets for a rule's resource functions, for all rules in ``fallback``, or the default."""
+    own = workflow.resource_settings.overwrite_resources.get(stage, {})
+    return next((int(of[name].raw) for of in (own, fallback) if name in of), default)
+
+
 def get_memory(stage, megabytes):
     """Resource function: megabytes for each process of a job, growing with each attempt; a profile may set them."""
-    own = workflow.resource_settings.overwrite_resources.get(stage, {})
-    megabytes = int(own["mem_mb_per_gpu"].raw) if "mem_mb_per_gpu" in own else megabytes
+    megabytes = from_profile(stage, "mem_mb_per_gpu", megabytes)
     return lambda wildcards, attempt: attempt * megabytes * max(1, get_gpus(stage)(wildcards))
 
 
@@ -116,11 +121,9 @@ def get_fit_memory(wildcards, attempt):
 
 def get_minutes(stage, minutes, seconds_per_item):
     """Resource function: minutes for a job by its items per GPU, growing with each attempt; a profile may set both parts."""
-    own = workflow.resource_settings.overwrite_resources.get(stage, {})
-    minutes = int(own["minutes_fixed"].raw) if "minutes_fixed" in own else minutes
-    seconds_per_item = int(own["seconds_per_item"].raw) if "seconds_per_item" in own else seconds_per_item
-
-    most = next((int(of["minutes_max"].raw) for of in (own, DEFAULT_RESOURCES) if "minutes_max" in of), None)
+    minutes = from_profile(stage, "minutes_fixed", minutes)
+    seconds_per_item = from_profile(stage, "seconds_per_item", seconds_per_item)
+    most = from_profile(stage, "minutes_max", None, fallback=DEFAULT_RESOURCES)
 
     def runtime(wildcards, attempt):
         job = PLAN.job(stage, wildcards.shard)

@@ -23,6 +23,9 @@ Quirk = Literal["double-batchnorm"]
 DOUBLE_BATCHNORM: Quirk = "double-batchnorm"
 """A second forward pass of the student in training mode per step, which moves BatchNorm's running statistics twice."""
 
+MOST_CONFUSED = 100
+"""Most classes for which a score has the confusion matrix."""
+
 # ---------------------------------------------------------------- students
 
 ArchitectureName = Literal[

@@ -38,7 +38,7 @@ from workflow_scripts.evaluation.augment import (
     to_float,
 )
 from workflow_scripts.evaluation.batch_norm import share_statistics
-from workflow_scripts.evaluation.protocols import DOUBLE_BATCHNORM, Recipe
+from workflow_scripts.evaluation.protocols import DOUBLE_BATCHNORM, MOST_CONFUSED, Recipe
 from workflow_scripts.store.files import TEMPORARY
 from workflow_scripts.team import Team
 
@@ -49,9 +49,6 @@ AUGMENTED_PIXELS = {"cpu": 2**17, "cuda": 2**25}
 
 TESTED_PIXELS = {"cpu": 2**19, "cuda": 2**24}
 """Most pixels of test images classified in one call."""
-
-MOST_CONFUSED = 100
-"""Most classes for which a score has the confusion matrix."""
 
 CHECKPOINT_SECONDS = 600.0
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import groupby
 
 from workflow_scripts.config import CoresetMethod, DiffusionMethod, MatchingMethod, MTTObjective, TransportTerm
-from workflow_scripts.evaluation.protocols import Recipe
+from workflow_scripts.evaluation.protocols import MOST_CONFUSED, Recipe
 from workflow_scripts.operations.flops import (
     INCEPTION_WIDTH,
     convnet_parameters,
@@ -42,8 +42,6 @@ SCORE_BYTES = 1500
 """A score without what follows: its recipe and versions."""
 CURVE_BYTES, CLASS_BYTES, CONFUSION_BYTES = 24, 8, 3.3
 """Of a score: a point of the curve, a class's accuracy, and a number of the confusion matrix, most of which are 0."""
-MOST_CONFUSED = 100
-"""Most classes for which a score has the confusion matrix, as in evaluation.training."""
 MEASURE_BYTES = 5000
 """The metrics of a set, with two dozen closest pairs."""
 LABEL_BYTES = 25

@@ -28,17 +28,16 @@ def measure(place: Place, jobs: int) -> None:
     controller = place.run("--until", "encode", "--config", f"shards={jobs}", "--jobs", "1")
     if controller.process.returncode:
         sys.exit(controller.said)
-    events = {kind: {event["shard"]: event for event in place.events(kind)} for kind in ("start", "done", "stop")}
     parts: dict[str, list[float]] = {
         "until its program runs": [],
         "until its first class": [],
         "after its last class": [],
     }
-    for shard, start in events["start"].items():
+    for start in place.events("start"):
         job = place.lab.scontrol("show", "job", start["job"]).split()
         facts = dict(fact.split("=", 1) for fact in job if "=" in fact)
         begin, end = (datetime.fromisoformat(facts[name]).timestamp() for name in ("StartTime", "EndTime"))
-        done = [event for event in place.events("done") if event["shard"] == shard]
+        done = [event for event in place.events("done") if event["shard"] == start["shard"]]
         first = min(event["time"] - event["seconds"] for event in done)
         last = max(event["time"] for event in done)
         for name, seconds in zip(parts, (start["time"] - begin, first - start["time"], end - last), strict=True):

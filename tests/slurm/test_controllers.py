@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 import support
-from places import CLASSES, IN_HAND, ONCE, Place, begin, resumes
+from places import CLASSES, IN_HAND, ONCE, Place, begin, hurried, resumes
 
 STAGES = ("encode", "cluster", "invert", "sample")
 
@@ -82,11 +82,9 @@ def test_a_controller_that_is_preempted_goes_on(place: Place) -> None:
     assert not named(place, "stillhouse-tiny", "RUNNING")
     subprocess.run(["scancel", urgent], check=True)
 
-    def again_and_again() -> bool:
-        place.lab.hurry()
-        return seen().count("its lock is removed") == 2
-
-    place.lab.wait(again_and_again, "it has started a third time", 240)
+    place.lab.wait(
+        lambda: hurried(place) or seen().count("its lock is removed") == 2, "it has started a third time", 240
+    )
     place.release()
     place.lab.wait(lambda: not named(place, "stillhouse-tiny", "PENDING", "RUNNING"), "it ends", 300)
     assert "exited with an error" not in seen() and "Traceback" not in seen(), seen()

@@ -66,8 +66,10 @@ def test_a_node_that_fails(place: Place) -> None:
     try:
         place.release()
         resumes(place)
-        jobs = {event["job"] for event in place.events("start")}
-        assert len(jobs) <= 2, "SLURM moved the job; if Snakemake saw its failure before that, it sent another"
+        if (
+            "NODE_FAIL" not in place.controllers[0].said
+        ):  # else Snakemake saw it before SLURM moved the job, and sent another
+            assert len({event["job"] for event in place.events("start")}) == 1, "SLURM moved the job to the other node"
         assert {path.read_text().split()[0] for path in place.began("fox")} == set(NODES) - {node}
     finally:
         place.lab.start_node(node)

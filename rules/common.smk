@@ -32,10 +32,11 @@ RESOLVED = resolved_path(RUN)
 type(workflow).rerun_triggers = frozenset({RerunTrigger.MTIME})
 
 # Jobs that use a GPU claim one, and locally one at a time may have it unless --resources gpu=N says otherwise. The executor
-# is not known yet when this is read, but only one that submits jobs has a limit of them.
+# is not known yet when this is read, but only one that submits jobs has a limit of them; in a job, the execution is remote.
 SUBMITS = workflow.resource_settings.nodes is not None
-HAS_GPU = RUN.compute.device != "cpu" and (SUBMITS or machine_has_gpu())
-if HAS_GPU and not SUBMITS and "gpu" not in workflow.global_resources:
+ON_CLUSTER = SUBMITS or workflow.remote_exec
+HAS_GPU = RUN.compute.device != "cpu" and (ON_CLUSTER or machine_has_gpu())
+if HAS_GPU and not ON_CLUSTER and "gpu" not in workflow.global_resources:
     workflow.global_resources["gpu"] = 1
 
 DEFAULT_RESOURCES = workflow.resource_settings.default_resources or {}
@@ -91,14 +92,41 @@ def get_gpus(stage):
     return lambda wildcards: get_gpu(wildcards) * PLAN.job(stage, wildcards.shard).gpus
 
 
+def get_nodes(stage):
+    """Resource function: the nodes that those GPUs are spread over; one outside of a cluster."""
+    return lambda wildcards: PLAN.job(stage, wildcards.shard).nodes if HAS_GPU and ON_CLUSTER else 1
+
+
+def get_processes(stage, wildcards):
+    """How many processes a job has on each node, one for each GPU."""
+    return max(1, get_gpus(stage)(wildcards) // get_nodes(stage)(wildcards))
+
+
+def get_gpus_per_node(stage, wildcards):
+    """SLURM's option for as many GPUs on each node; without it their sum would be enough for it."""
+    own = workflow.resource_settings.overwrite_resources.get(stage, {})
+    kind = f"{own['gpu_model'].raw}:" if "gpu_model" in own else ""
+    return f"--gpus-per-node={kind}{get_processes(stage, wildcards)}"
+
+
+def over_nodes(stage, get):
+    """Resource function: what a function of stage and wildcards says, for jobs on several nodes; unset for others."""
+    return lambda wildcards: get(stage, wildcards) if get_nodes(stage)(wildcards) > 1 else None
+
+
 def get_launcher(stage):
     """Input function: what starts a job's program, one process for each of its GPUs."""
-    return lambda wildcards: launcher(max(1, get_gpus(stage)(wildcards)))
+    return lambda wildcards: launcher(max(1, get_gpus(stage)(wildcards)), get_nodes(stage)(wildcards))
 
 
 def get_cpus(stage):
-    """Resource function: CPUs for the threads of each of several processes; unset for one, which gets its threads."""
-    return lambda wildcards, threads: threads * gpus if (gpus := get_gpus(stage)(wildcards)) > 1 else None
+    """Resource function: CPUs for a job's one task, which starts several processes; unset if a process is a task."""
+
+    def cpus(wildcards, threads):
+        processes = get_processes(stage, wildcards)
+        return threads * processes if processes > 1 and get_nodes(stage)(wildcards) == 1 else None
+
+    return cpus
 
 
 def from_profile(stage, name, default, fallback=()):
@@ -108,9 +136,9 @@ def from_profile(stage, name, default, fallback=()):
 
 
 def get_memory(stage, megabytes):
-    """Resource function: megabytes for each process of a job, growing with each attempt; a profile may set them."""
+    """Resource function: megabytes for a node's processes, growing with each attempt; a profile may set those for each."""
     megabytes = from_profile(stage, "mem_mb_per_gpu", megabytes)
-    return lambda wildcards, attempt: attempt * megabytes * max(1, get_gpus(stage)(wildcards))
+    return lambda wildcards, attempt: attempt * megabytes * get_processes(stage, wildcards)
 
 
 def get_fit_memory(wildcards, attempt):

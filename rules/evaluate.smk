@@ -12,7 +12,10 @@ rule evaluate:
     threads: 1
     resources:
         gpu=get_gpus("evaluate"),
-        nodes=1,
+        nodes=get_nodes("evaluate"),
+        mpi=over_nodes("evaluate", lambda stage, wildcards: "srun"),  # the launcher starts the tasks
+        tasks_per_node=over_nodes("evaluate", get_processes),
+        slurm_extra=over_nodes("evaluate", get_gpus_per_node),
         cpus_per_task=get_cpus("evaluate"),
         mem_mb=get_memory("evaluate", 32000),
         runtime=get_minutes("evaluate", 10, 10800),

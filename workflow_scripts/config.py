@@ -711,9 +711,17 @@ class Student(Architecture):
     """A classifier that is trained on the distilled set, and on how many GPUs at once."""
 
     gpus: PositiveInt = Field(
-        1,
-        description="share each batch among so many of a node; in no digest: changes results by rounding, and dropout",
+        1, description="share each batch among so many; in no digest: changes results by rounding, and dropout"
     )
+    nodes: PositiveInt = Field(1, description="spread the GPUs over so many nodes, at least two on each; likewise")
+
+    @model_validator(mode="after")
+    def _spread(self) -> Student:
+        if self.nodes > 1 and (self.gpus % self.nodes or self.gpus < 2 * self.nodes):
+            raise ValueError(
+                f"gpus: {self.gpus} cannot be spread over {self.nodes} nodes: each takes as many, at least 2"
+            )
+        return self
 
 
 class FitTeacher(Strict):

@@ -7,6 +7,7 @@ the result that its recipe names does not exist.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, wraps
@@ -130,6 +131,7 @@ class Job:
         items: how many results, sets or trainings that is.
         needs: stage and shard of the jobs whose results it reads.
         gpus: how many share its batches.
+        nodes: over how many nodes those are spread.
     """
 
     stage: str
@@ -138,6 +140,7 @@ class Job:
     items: int
     needs: tuple[tuple[str, str], ...] = ()
     gpus: int = 1
+    nodes: int = 1
 
     @property
     def manifest(self) -> str:
@@ -852,7 +855,7 @@ class Recipes:
         """
         content, items, needs = self._describe(stage, shard)
         name = digest({"stage": stage, "shard": shard, "content": content})
-        return Job(stage, shard, name, items, tuple(needs), self._gpus(stage, shard))
+        return Job(stage, shard, name, items, tuple(needs), *self._gpus(stage, shard))
 
     def _describe(self, stage: str, shard: str) -> tuple[Any, int, list[tuple[str, str]]]:
         """Return what a job makes, how many class-level results or trainings that is, and which jobs it needs."""
@@ -907,7 +910,7 @@ class Recipes:
             )
         cells = [(method, ipc) for method in self.config.compare for ipc in self.config.ipc]
         recipes = [digest(self.training_recipe(training)) for cell in cells for training in self.trainings(*cell)]
-        gpus = {"__all__": {"gpus"}}
+        gpus = {"__all__": {"gpus", "nodes"}}
         shown = self.config.model_dump(
             mode="json",
             exclude={
@@ -930,11 +933,15 @@ class Recipes:
         shards = [(stage, shard) for stage in ("evaluate", "measure") for shard in self.shards_of(stage)]
         return content, len(recipes), shards
 
-    def _gpus(self, stage: str, shard: str) -> int:
+    def _gpus(self, stage: str, shard: str) -> tuple[int, int]:
+        """Return among how many GPUs a job shares its batches, and over how many nodes those are spread."""
         tune = self.config.backbone.finetune
         if stage == "fit_backbone" and tune is not None:
-            return tune.gpus
-        return self.trainings_of(shard)[0].architecture.gpus if stage == "evaluate" else 1
+            return tune.gpus, 1
+        if stage == "evaluate":
+            student = self.trainings_of(shard)[0].architecture
+            return student.gpus, student.nodes
+        return 1, 1
 
     def _set_jobs(self, method: str) -> list[tuple[str, str]]:
         """Return the jobs that make a method's images."""
@@ -984,13 +991,13 @@ class Recipes:
 
     @remembered
     def _chunks(self, method: str, ipc: int) -> list[list[Training]]:
-        """Part the trainings of a cell into jobs, each of trainings that want as many GPUs, those with the fewest first."""
-        size, trainings = self.config.evaluation.trainings_per_job, self.trainings(method, ipc)
-        alike = [
-            [training for training in trainings if training.architecture.gpus == gpus]
-            for gpus in sorted({training.architecture.gpus for training in trainings})
+        """Part the trainings of a cell into jobs, each of trainings that want as many GPUs and nodes, the fewest first."""
+        size, alike = self.config.evaluation.trainings_per_job, defaultdict[tuple[int, int], list[Training]](list)
+        for training in self.trainings(method, ipc):
+            alike[training.architecture.gpus, training.architecture.nodes].append(training)
+        return [
+            group[begin : begin + size] for _, group in sorted(alike.items()) for begin in range(0, len(group), size)
         ]
-        return [group[begin : begin + size] for group in alike for begin in range(0, len(group), size)]
 
     # ---------------------------------------------------------------- checks
 

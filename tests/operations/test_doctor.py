@@ -132,18 +132,21 @@ def test_jobs_that_want_more_gpus_than_a_node_has(plan_site: Callable[..., suppo
     site = plan_site()
     profile = yaml.safe_load((support.ROOT / "slurm_profile" / "config.yaml").read_text())
 
-    def found(gpus: int, model: str | None = None) -> dict[str, Check]:
+    def found(gpus: int, model: str | None = None, nodes: int = 1) -> dict[str, Check]:
         own = {"gpu_model": model} if model else {}
         (tmp_path / "config.yaml").write_text(
             yaml.safe_dump(doctor_profile(profile, {"set__resources": {"evaluate": own}}))
         )
-        students = {"evaluation.architectures": [{"name": "convnet"}, {"name": "resnet101", "gpus": gpus}]}
+        students = {
+            "evaluation.architectures": [{"name": "convnet"}, {"name": "resnet101", "gpus": gpus, "nodes": nodes}]
+        }
         checks = doctor.examine(lambda: site.config(students), tmp_path, answering())
         return {check.check: check for check in checks}
 
     assert "profile evaluate gpus" not in found(8)
     assert found(16)["profile evaluate gpus"].status == "fail"
     assert "among 8 GPUs of one node, partition gpu has 4" in found(8, "h100")["profile evaluate gpus"].found
+    assert "profile evaluate gpus" not in found(8, "h100", nodes=2)
 
 
 def test_preemption_that_cancels(look: Look) -> None:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,12 @@ class Place:
         """What the run makes."""
         run = configuration(self.folder / "train", self.folder / "test", self.backbone)
         return Recipes(run_config(run | {"shards": self.shards}, self.results))
+
+    def write(self, overrides: Mapping[str, Any]) -> None:
+        """Write the configuration, with keys such as ``"compute.device"`` overridden."""
+        run = configuration(Path("train"), Path("test"), self.backbone)
+        run = support.merge(run, support.nested(overrides))
+        (self.folder / "tiny.yaml").write_text(yaml.safe_dump({"run": "tiny", "runs": {"tiny": run}}))
 
     # ---- running
 
@@ -216,9 +222,8 @@ def prepare(folder: Path, pictures: Path, backbone: Path, lab: Lab, undisturbed:
     shutil.copytree(pictures, folder, dirs_exist_ok=True)
     for name in ("hold", "poison", "began"):
         (folder / "lab" / name).mkdir(parents=True)
-    run = configuration(Path("train"), Path("test"), backbone)
-    (folder / "tiny.yaml").write_text(yaml.safe_dump({"run": "tiny", "runs": {"tiny": run}}))
     made = Place(folder, backbone, lab, undisturbed)
+    made.write({})
     made.seconds(0.2)
     return made
 

@@ -41,6 +41,29 @@ def test_a_run_over_two_nodes_and_four_gpus(place: Place) -> None:
         assert place.computed(stage) == ONCE | {"bee": 2}
 
 
+def test_a_training_whose_batches_two_nodes_share(place: Place) -> None:
+    """The scores are those of one process."""
+    shutil.copytree(place.undisturbed, place.results, symlinks=True)
+    alone = {path.name: json.loads(path.read_text()) for path in (place.results / "store" / "evaluate").glob("*.json")}
+    shutil.rmtree(place.results / "store" / "evaluate")
+    shutil.rmtree(place.results / "manifests" / "evaluate")
+    students = [{"name": "convnet", "width": 4, "gpus": len(NODES) * GPUS_PER_NODE, "nodes": len(NODES)}]
+    place.write({"evaluation.architectures": students})
+    controller = place.run(
+        "--until", "evaluate", "--set-resources", "evaluate:slurm_partition=gpu", "evaluate:gpu_model=h100"
+    )
+    assert controller.process.returncode == 0, controller.said
+    (number,) = controller.submitted()
+    job = place.lab.scontrol("show", "job", number)
+    assert "NodeList=wn[1-2]" in job and "TresPerNode=gres:gpu:h100:2" in job, job
+    found = {path.name: json.loads(path.read_text()) for path in (place.results / "store" / "evaluate").glob("*.json")}
+    assert found.keys() == alone.keys()
+    for name, record in found.items():
+        assert record["processes"] == 4
+        for key in ("recipe", "curve", "top5_last", "confusion"):
+            assert record[key] == alone[name][key]
+
+
 def test_the_doctor_on_a_cluster_without_slurmdbd(place: Place) -> None:
     found = place.stillhouse("doctor", "--configfile", "tiny.yaml", "--json")
     lines = {line["check"]: line for line in json.loads(found.stdout)["checks"]}

@@ -83,6 +83,19 @@ def test_jobs_are_of_students_that_ask_for_as_many_gpus(plan_site: Callable[...,
     assert plain.keys() == {job.manifest for job in support.jobs_of(recipes[0], "evaluate")}
 
 
+def test_jobs_are_of_students_that_ask_for_as_many_nodes(plan_site: Callable[..., support.Site]) -> None:
+    students = [{"name": "convnet", "gpus": 4}, {"name": "resnet50", "gpus": 4, "nodes": 2}]
+    recipes = Recipes(plan_site().config(ONE | {"evaluation.architectures": students}))
+    jobs = [(job.gpus, job.nodes, job.items) for job in support.jobs_of(recipes, "evaluate")]
+    assert jobs == [(4, 1, 2), (4, 2, 2)]
+
+
+@pytest.mark.parametrize(("gpus", "nodes"), [(1, 2), (2, 2), (5, 2), (4, 3)])
+def test_gpus_that_cannot_be_spread(plan_site: Callable[..., support.Site], gpus: int, nodes: int) -> None:
+    with pytest.raises(ConfigError, match=f"gpus: {gpus} cannot be spread over {nodes} nodes"):
+        plan_site().config(ONE | {"evaluation.architectures": [{"name": "convnet", "gpus": gpus, "nodes": nodes}]})
+
+
 def test_gpus_are_in_no_digest(plan_site: Callable[..., support.Site]) -> None:
     site = plan_site()
     one, two = Recipes(site.config(ONE)), Recipes(site.config(TWO))
@@ -90,7 +103,7 @@ def test_gpus_are_in_no_digest(plan_site: Callable[..., support.Site]) -> None:
     assert {job.gpus for job in two.jobs() if job.stage == "evaluate"} == {2}
     own = {"evaluation.architectures": None, "evaluation.protocols": ["mine"]}
     settings = {"preset": "hard-sgd", "architectures": [{"name": "convnet"}]}
-    shared = {**settings, "architectures": [{"name": "convnet", "gpus": 4}]}
+    shared = {**settings, "architectures": [{"name": "convnet", "gpus": 4, "nodes": 2}]}
     reports = [Recipes(site.config(ONE | own | {"evaluation.settings": {"mine": s}})) for s in (settings, shared)]
     assert len({recipes.job("report", "report").digest for recipes in reports}) == 1
 

@@ -1,5 +1,8 @@
 """A run on a fine-tuned backbone: what it shares, what it makes anew, and in which order."""
 
+import os
+import subprocess
+
 import numpy as np
 import pytest
 import support
@@ -81,11 +84,18 @@ def test_bad_settings(site: support.Site, keys: dict[str, object], message: str)
         site.config(keys)
 
 
-def test_the_launcher_keeps_the_programs_options_from_torchrun() -> None:
+@pytest.mark.parametrize(("nodes", "before"), [(1, 0), (2, 8)])
+def test_the_launcher_keeps_the_programs_options_from_torchrun(nodes: int, before: int) -> None:
     """``--log`` alone would be ambiguous to it, and ``--run`` too."""
     assert launcher(1) == "python -m"
-    words = launcher(2).split()
+    in_job = {**os.environ, "SLURM_JOB_ID": "123456"}
+    said = subprocess.run(
+        ["bash", "-c", f"echo {launcher(2 * nodes, nodes)}"], env=in_job, capture_output=True, text=True
+    )
+    words = said.stdout.split()[before:]
     assert words[:3] == ["python", "-m", "torch.distributed.run"]
     parsed = get_args_parser().parse_args([*words[3:], "stage", "--log", "a.log", "--run", "digits"])
     assert (parsed.module, parsed.nproc_per_node, parsed.training_script) == (True, "2", "stage")
     assert parsed.training_script_args == ["--log", "a.log", "--run", "digits"]
+    assert parsed.nnodes == str(nodes) if nodes > 1 else parsed.standalone
+    assert nodes == 1 or (parsed.rdzv_id, parsed.rdzv_endpoint.rpartition(":")[2]) == ("123456", "23456")

@@ -12,6 +12,8 @@ from workflow_scripts.errors import ConfigError
 from workflow_scripts.evaluation import inception
 from workflow_scripts.recipes import Recipes, SampleSet
 from workflow_scripts.stages.features import real_features
+from workflow_scripts.stages.measure import work
+from workflow_scripts.stages.notice import NOTICE, Unfinished
 from workflow_scripts.store.digests import digest
 
 
@@ -51,6 +53,18 @@ def test_mirror_images_do_not_count_as_real_ones(copied: Site) -> None:
     run_jobs(config, ("encode",))
     features, keys = real_features(Recipes(config), "ant")
     assert features.shape == (support.COUNT, 64) and len(keys) == support.COUNT
+
+
+def test_a_measurement_stops_between_classes(copied: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = Recipes(copied.config())
+    paths = [recipes.measure_path(wanted) for wanted in recipes.sets("random")]
+    for path in paths:
+        path.unlink()
+    due = iter([False, True])
+    monkeypatch.setattr(NOTICE, "due", lambda seconds: next(due))
+    with pytest.raises(Unfinished, match="stopped in good order at class 2 of 3, because its time is nearly up"):
+        work(recipes, "random")
+    assert not any(path.exists() for path in paths)
 
 
 def test_measurements_can_be_left_out(copied: Site) -> None:

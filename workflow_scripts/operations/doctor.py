@@ -360,7 +360,8 @@ def _per_node(
 ) -> Iterator[Check]:
     """Compare the GPUs that share the batches of one of the run's jobs of a rule with those of a node."""
     try:
-        most = max((job.gpus for job in recipes.jobs() if job.stage == rule), default=1) if recipes is not None else 1
+        jobs = recipes.jobs() if recipes is not None else []
+        most = max((job.gpus // job.nodes for job in jobs if job.stage == rule), default=1)
     except StillhouseError:
         return
     there = partition.gpus.get(model, 0) if model else max(partition.gpus.values(), default=0)
@@ -369,7 +370,9 @@ def _per_node(
             f"profile {rule} gpus",
             "fail",
             f"a job shares its batches among {most} GPUs of one node, partition {name} has {there}",
-            f"set gpus in {'backbone.finetune' if rule == 'fit_backbone' else 'evaluation.architectures'} to {there or 1}",
+            f"set gpus in backbone.finetune to {there or 1}"
+            if rule == "fit_backbone"
+            else f"set gpus in evaluation.architectures to {there or 1}, or spread them over several `nodes`",
         )
 
 

@@ -21,6 +21,8 @@ from workflow_scripts.store.digests import PREFIX, digest
 from workflow_scripts.store.events import Events, slurm_job
 from workflow_scripts.store.files import write_atomically
 
+FIRST_PORT, PORTS = 20_000, 10_000  # below those that Linux gives to whoever asks for any
+
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options by which every program chooses its configuration."""
@@ -62,15 +64,22 @@ def machine_has_gpu() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
-def launcher(gpus: int) -> str:
-    """Return the command that starts a module once for each of ``gpus`` GPUs, or of those of this machine if that has fewer.
+def launcher(gpus: int, nodes: int = 1) -> str:
+    """Return the shell command that starts a module once for each of ``gpus`` GPUs, or of this machine's if it has fewer.
 
-    The dashes keep torchrun from taking the module's options for its own.
+    On several nodes, inside of a SLURM job that has them, torchrun is started on each. The dashes keep it from taking the
+    module's options for its own.
     """
     here = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    count = min(gpus, here or gpus)
-    torchrun = f"python -m torch.distributed.run --standalone --nproc-per-node {count} -m --"
-    return torchrun if count > 1 else "python -m"
+    count = min(gpus // nodes, here or gpus)
+    torchrun = f"python -m torch.distributed.run --nproc-per-node {count}"
+    if nodes > 1:
+        # The nodes meet at the one that this is run on. SLURM gives a step all CPUs and GPUs of the job if it is not asked.
+        step = f"srun --nodes {nodes} --ntasks-per-node 1 --cpu-bind none --kill-on-bad-exit=1"
+        place = f"$(hostname):$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))"
+        meeting = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-id $SLURM_JOB_ID --rdzv-endpoint {place}"
+        return f"{step} {torchrun} {meeting} -m --"
+    return f"{torchrun} --standalone -m --" if count > 1 else "python -m"
 
 
 def process_rank() -> int:

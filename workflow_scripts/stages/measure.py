@@ -16,6 +16,7 @@ from workflow_scripts.recipes import Recipes, SampleSet
 from workflow_scripts.stages.common import stage_main
 from workflow_scripts.stages.features import Extract, extractor, real_features
 from workflow_scripts.stages.memory import Batch
+from workflow_scripts.stages.notice import NOTICE, Unfinished
 from workflow_scripts.stages.worker import environment, pick_device, progress
 from workflow_scripts.store.digests import digest
 from workflow_scripts.store.files import write_atomically
@@ -44,7 +45,17 @@ def measure_sets(recipes: Recipes, shard: str, sets: list[SampleSet]) -> None:
         str(place): SetMeasures(features[wanted], np.repeat(np.arange(len(recipes.classes)), wanted.ipc), space)
         for place, wanted in enumerate(sets)
     }
-    found = measure(measures, len(recipes.classes), lambda _: real_features(recipes, next(names))[0])
+
+    def real(label: int) -> np.ndarray:
+        if NOTICE.due(0.0):
+            raise Unfinished(
+                f"stopped in good order at class {label + 1} of {len(recipes.classes)}, because {NOTICE.reason()}. "
+                "The same command begins with the first one again."
+            )
+        return real_features(recipes, next(names))[0]
+
+    with NOTICE.heard():
+        found = measure(measures, len(recipes.classes), real)
     seconds = (time.monotonic() - began) / len(sets)
     for wanted, (values, warnings, audit) in zip(sets, found.values(), strict=True):
         recipe = recipes.measure_recipe(wanted)

@@ -7,6 +7,7 @@ import uuid
 from pathlib import Path
 
 from workflow_scripts.config import RunConfig
+from workflow_scripts.errors import StillhouseError
 from workflow_scripts.recipes import Job
 from workflow_scripts.store.digests import PREFIX
 from workflow_scripts.store.files import TEMPORARY
@@ -24,6 +25,10 @@ def publish(config: RunConfig, job: Job) -> Path | None:
         return None
     link = config.results / config.run / "report"
     target = Path("reports") / folder.name
+    if link.is_dir() and not link.is_symlink():
+        raise StillhouseError(
+            f"{link} is a directory, as in a copy that followed links: remove it, it will be a link again"
+        )
     if not (link.is_symlink() and Path(os.readlink(link)) == target):
         temporary = link.with_name(f"{TEMPORARY}{link.name}.{uuid.uuid4().hex}")
         temporary.symlink_to(target)

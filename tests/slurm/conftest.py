@@ -4,6 +4,7 @@ Where the cluster cannot be started the tests are skipped, or fail if STILLHOUSE
 """
 
 import contextlib
+import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,13 +13,15 @@ import support
 from lab import Lab, LabUnavailable, leave_namespace
 from places import CLASSES, Place, configuration, prepare, run_config, started
 
+LONGEST = ("test_run.py", "test_disturbances.py", "test_controllers.py")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark every test here, and let them go first, because they take longest."""
     here = [item for item in items if Path(__file__).parent in item.path.parents]
     for item in here:
         item.add_marker(pytest.mark.slurm)
-    items.sort(key=lambda item: item not in here)
+    items.sort(key=lambda item: (item not in here, item.path.name not in LONGEST))
     if here:
         with contextlib.suppress(LabUnavailable):
             leave_namespace()  # now, because a thread that runs already, such as Zarr's, would stay behind
@@ -40,11 +43,18 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, pictures: Path, tiny_backbone: Path) -> Path:
-    """The results of the run on one machine, in one shard."""
-    results = tmp_path_factory.mktemp("undisturbed") / "results"
-    support.run_jobs(run_config(configuration(pictures / "train", pictures / "test", tiny_backbone), results))
-    return results
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, worker_id: str, pictures: Path, tiny_backbone: Path) -> Path:
+    """The results of the run on one machine, in one shard, made once for all of pytest's processes."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own if worker_id == "master" else own.parent) / "undisturbed"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "made").exists():
+            run = configuration(pictures / "train", pictures / "test", tiny_backbone)
+            support.run_jobs(run_config(run, folder / "results"))
+            (folder / "made").touch()
+    return folder / "results"
 
 
 @pytest.fixture

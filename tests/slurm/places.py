@@ -178,7 +178,7 @@ class Place:
         """What the workers of a stage told."""
         paths = sorted((self.results / "events" / stage).glob("*.jsonl"))
         found = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-        return [one for one in found if one["event"] == event]
+        return sorted((one for one in found if one["event"] == event), key=lambda one: float(one["time"]))
 
     def computed(self, stage: str = "encode") -> Counter[str]:
         """How often each class was computed to its end, over all workers."""

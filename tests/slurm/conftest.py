@@ -5,7 +5,7 @@ Where the cluster cannot be started the tests are skipped, or fail if STILLHOUSE
 
 import contextlib
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import support
 from lab import Lab, LabUnavailable, leave_namespace
 from places import CLASSES, Place, configuration, prepare, run_config, started
 
+Once = Callable[[str, Callable[[Path], object]], Path]
 LONGEST = ("test_run.py", "test_disturbances.py", "test_controllers.py")
 
 
@@ -34,27 +35,39 @@ def lab() -> Iterator[Lab]:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``train`` and ``test`` with CLASSES."""
-    folder = tmp_path_factory.mktemp("pictures")
-    support.make_folder(folder / "train", CLASSES, 4)
-    support.make_folder(folder / "test", CLASSES, 2, offset=100)
-    return folder
+def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Once:
+    """Makes a folder once for all of pytest's processes, and returns it."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own if worker_id == "master" else own.parent
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = shared / name, shared / f"{name}.done"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, worker_id: str, pictures: Path, tiny_backbone: Path) -> Path:
-    """The results of the run on one machine, in one shard, made once for all of pytest's processes."""
-    own = tmp_path_factory.getbasetemp()
-    folder = (own if worker_id == "master" else own.parent) / "undisturbed"
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "made").exists():
-            run = configuration(pictures / "train", pictures / "test", tiny_backbone)
-            support.run_jobs(run_config(run, folder / "results"))
-            (folder / "made").touch()
-    return folder / "results"
+def pictures(once: Once) -> Path:
+    """``train`` and ``test`` with CLASSES; results depend on when the files were written."""
+
+    def make(folder: Path) -> None:
+        support.make_folder(folder / "train", CLASSES, 4)
+        support.make_folder(folder / "test", CLASSES, 2, offset=100)
+
+    return once("pictures", make)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(once: Once, pictures: Path, tiny_backbone: Path) -> Path:
+    """The results of the run on one machine, in one shard."""
+    run = configuration(pictures / "train", pictures / "test", tiny_backbone)
+    return once("undisturbed", lambda folder: support.run_jobs(run_config(run, folder)))
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from torchvision.datasets import ImageFolder
 from workflow_scripts.evaluation.architectures import build, display_name
 from workflow_scripts.evaluation.augment import IMAGENET_MEAN, IMAGENET_STD, lighting_offsets
 from workflow_scripts.evaluation.training import Labelled, Recipe, can_stack, train_students
+from workflow_scripts.stages.common import keep_freed_memory
 
 
 def main() -> None:
@@ -87,9 +88,11 @@ def main() -> None:
             if args.at_once > 1 and can_stack(recipe):
                 kinds.append((f"{args.at_once} at once", ours, args.at_once))
             if args.ordinary:
-                kinds.append(("ordinary", theirs, 1))
+                kinds.insert(0, ("ordinary", theirs, 1))
             found = {}
             for kind, loop, students in kinds:
+                if loop is ours:
+                    keep_freed_memory()  # as stages do, for all that comes after
                 loop(replace(recipe, epochs=1), students)
                 times = [timed(partial(loop, recipe, students)) for _ in range(args.repeats)]
                 seen = args.epochs * args.images * students

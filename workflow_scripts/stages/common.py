@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ from workflow_scripts.store.digests import PREFIX, digest
 from workflow_scripts.store.events import Events, slurm_job
 from workflow_scripts.store.files import write_atomically
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 FIRST_PORT, PORTS = 20_000, 10_000  # below those that Linux gives to whoever asks for any
 
 
@@ -92,6 +94,16 @@ def sees_gpu() -> bool:
     return machine_has_gpu() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for what is asked for next, instead of giving it back to the kernel.
+
+    Otherwise every batch on a CPU gets fresh pages, and zeroing those takes a quarter of a small network's training.
+    """
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:  # elsewhere than with glibc there is none
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+
+
 def stage_main(stage: str, doc: str | None, work: Callable[[Recipes, str], Mapping[str, Any]], shards: str) -> None:
     """Run a stage's program: parse the command line, do one job's work, write its manifest.
 
@@ -120,6 +132,7 @@ def stage_main(stage: str, doc: str | None, work: Callable[[Recipes, str], Mappi
         help="stop in good order, with exit status 75, before so many minutes are over (default: those that SLURM leaves)",
     )
     arguments = parser.parse_args()
+    keep_freed_memory()
     if arguments.log and process_rank():
         arguments.log = arguments.log.with_suffix(f".rank{process_rank()}.log")
     terminal = _log_to(arguments.log) if arguments.log else sys.stderr

@@ -6,10 +6,13 @@ import shutil
 from typing import Any
 
 import numpy as np
+import pytest
 import support
 from support import Done, Site, run_jobs, tally
 
+from workflow_scripts.errors import StillhouseError
 from workflow_scripts.recipes import CLASS_STAGES, Recipes, SampleSet
+from workflow_scripts.stages.publish import publish
 from workflow_scripts.store.files import TEMPORARY
 
 SEEDED = ("random", "kmeans", "dit", "mgd3", "manifoldgd", "d3hr")  # herding ignores the seed
@@ -259,6 +262,20 @@ def test_leftovers_of_a_killed_commit_are_no_results(copied: Site) -> None:
     work(recipes, "000")
     assert recipes.store.exists(recipes.latents("bee"))
     shutil.rmtree(stray)
+
+
+def test_a_copy_that_followed_links_is_told_of(copied: Site) -> None:
+    config = copied.config()
+    link = copied.results / "tiny" / "report"
+    page = (link / "index.html").read_text()
+    link.unlink()
+    link.mkdir()
+    job = Recipes(config).job("report", "report")
+    with pytest.raises(StillhouseError, match="report is a directory"):
+        publish(config, job)
+    link.rmdir()
+    assert publish(config, job) == link / "index.html"
+    assert link.is_symlink() and (link / "index.html").read_text() == page
 
 
 def test_reports_of_several_configurations_stand_beside_each_other(copied: Site) -> None:

@@ -14,15 +14,16 @@ from lab import Lab, LabUnavailable, leave_namespace
 from places import CLASSES, Place, configuration, prepare, run_config, started
 
 Once = Callable[[str, Callable[[Path], object]], Path]
-LONGEST = ("test_run.py", "test_disturbances.py", "test_controllers.py")
+LONGEST = ["test_run.py", "test_controllers.py", "test_stops.py", "test_failures.py", "test_disturbances.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test here, and let them go first, because they take longest."""
+    """Mark every test here, and let them go first, because they take longest; each module goes to one process."""
     here = [item for item in items if Path(__file__).parent in item.path.parents]
     for item in here:
         item.add_marker(pytest.mark.slurm)
-    items.sort(key=lambda item: (item not in here, item.path.name not in LONGEST))
+    place = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (item not in here, place.get(item.path.name, len(place))))
     if here:
         with contextlib.suppress(LabUnavailable):
             leave_namespace()  # now, because a thread that runs already, such as Zarr's, would stay behind

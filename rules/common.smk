@@ -104,9 +104,8 @@ def get_processes(stage, wildcards):
 
 def get_gpus_per_node(stage, wildcards):
     """SLURM's option for as many GPUs on each node; without it their sum would be enough for it."""
-    own = workflow.resource_settings.overwrite_resources.get(stage, {})
-    kind = f"{own['gpu_model'].raw}:" if "gpu_model" in own else ""
-    return f"--gpus-per-node={kind}{get_processes(stage, wildcards)}"
+    model = from_profile(stage, "gpu_model", None, kind=str)
+    return f"--gpus-per-node={f'{model}:' if model else ''}{get_processes(stage, wildcards)}"
 
 
 def over_nodes(stage, get):
@@ -116,7 +115,7 @@ def over_nodes(stage, get):
 
 def get_launcher(stage):
     """Input function: what starts a job's program, one process for each of its GPUs."""
-    return lambda wildcards: launcher(max(1, get_gpus(stage)(wildcards)), get_nodes(stage)(wildcards))
+    return lambda wildcards: launcher(get_processes(stage, wildcards), get_nodes(stage)(wildcards))
 
 
 def get_cpus(stage):
@@ -129,10 +128,10 @@ def get_cpus(stage):
     return cpus
 
 
-def from_profile(stage, name, default, fallback=()):
-    """A number that a profile sets for a rule's resource functions, for all rules in ``fallback``, or the default."""
+def from_profile(stage, name, default, fallback=(), kind=int):
+    """What a profile sets for a rule's resource functions, for all rules in ``fallback``, or the default."""
     own = workflow.resource_settings.overwrite_resources.get(stage, {})
-    return next((int(of[name].raw) for of in (own, fallback) if name in of), default)
+    return next((kind(of[name].raw) for of in (own, fallback) if name in of), default)
 
 
 def get_memory(stage, megabytes):

@@ -24,6 +24,7 @@ from workflow_scripts.recipes import Recipes
 
 CLASSES = support.WIDE[:6]
 ONCE = dict.fromkeys(CLASSES, 1)
+STAGES = ("encode", "cluster", "invert", "sample")
 IN_HAND = "cat"  # third of six
 HOOKS = Path(__file__).parent / "hooks"
 # One method that needs every stage, its batches one class each so that its images are the same to the last bit.

@@ -1,9 +1,7 @@
 """A compact array in place of a controller."""
 
 import support
-from places import Place
-
-STAGES = ("encode", "cluster", "invert", "sample")
+from places import STAGES, Place
 
 
 def test_scattered_classes_in_one_array(place: Place) -> None:

@@ -14,12 +14,13 @@ from places import CLASSES, IN_HAND, Place, resumes
 def test_a_poisoned_class(place: Place) -> None:
     poison = place.folder / "lab" / "poison" / IN_HAND
     poison.touch()
-    controller = place.run("--until", "encode", "--retries", "0")
+    controller = place.run("--until", "encode", "--retries", "1")
     assert controller.process.returncode == 1
     assert "class cat is set aside after 3 failed attempts: ArithmeticError: cat is poisoned" in controller.said
     assert "stillhouse retry" in controller.said
     assert place.computed() == {name: 1 for name in CLASSES if name != IN_HAND}
-    assert len(place.began(IN_HAND)) == 1, "one process made all three attempts"
+    assert len(place.began(IN_HAND)) == 1, "one process made all three attempts; the next job only says so"
+    assert len(controller.submitted()) == 2
 
     status = json.loads(place.stillhouse("status", "--configfile", "tiny.yaml", "--json").stdout)
     (aside,) = status["set_aside"]

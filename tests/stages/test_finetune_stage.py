@@ -89,9 +89,7 @@ def test_the_launcher_keeps_the_programs_options_from_torchrun(nodes: int, befor
     """``--log`` alone would be ambiguous to it, and ``--run`` too."""
     assert launcher(1) == "python -m"
     in_job = {**os.environ, "SLURM_JOB_ID": "123456"}
-    said = subprocess.run(
-        ["bash", "-c", f"echo {launcher(2 * nodes, nodes)}"], env=in_job, capture_output=True, text=True
-    )
+    said = subprocess.run(["bash", "-c", f"echo {launcher(2, nodes)}"], env=in_job, capture_output=True, text=True)
     words = said.stdout.split()[before:]
     assert words[:3] == ["python", "-m", "torch.distributed.run"]
     parsed = get_args_parser().parse_args([*words[3:], "stage", "--log", "a.log", "--run", "digits"])

@@ -67,13 +67,13 @@ def machine_has_gpu() -> bool:
 
 
 def launcher(gpus: int, nodes: int = 1) -> str:
-    """Return the shell command that starts a module once for each of ``gpus`` GPUs, or of this machine's if it has fewer.
+    """Return the shell command that starts a module once for each of a node's ``gpus``, or of those it has if it has fewer.
 
     On several nodes, inside of a SLURM job that has them, torchrun is started on each. The dashes keep it from taking the
     module's options for its own.
     """
     here = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    count = min(gpus // nodes, here or gpus)
+    count = min(gpus, here or gpus)
     torchrun = f"python -m torch.distributed.run --nproc-per-node {count}"
     if nodes > 1:
         # The nodes meet at the one that this is run on. SLURM gives a step all CPUs and GPUs of the job if it is not asked.
